@@ -1,0 +1,100 @@
+"""The one interface of every gradient estimator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from torch import Tensor
+
+from fwdlearn.allocator import Plan
+from fwdlearn.keys import Key
+
+if TYPE_CHECKING:
+    from fwdlearn.oracle import LossOracle
+
+State = Any
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What an estimator needs and what it promises.
+
+    Args:
+        needs: the oracle protocol that it asks: LossOracle, SlopeOracle or ActivationOracle.
+        perturbs: where the noise goes.
+        target: what the mean of its estimates equals: the "gradient" itself, the gradient of the
+            loss "smoothed" by the noise, or neither ("biased").
+        queries_per_direction: queries for each (row, direction) pair of the plan.
+        queries_per_row: queries for each row beside those, such as a clean pass.
+    """
+
+    needs: type
+    perturbs: Literal["weights", "activations"]
+    target: Literal["gradient", "smoothed", "biased"]
+    queries_per_direction: int
+    queries_per_row: int = 0
+
+    def queries(self, plan: Plan) -> int:
+        """What a plan costs."""
+        return self.queries_per_direction * len(plan) + self.queries_per_row * plan.rows
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimated gradient.
+
+    Args:
+        grad: parameter name -> tensor of its shape; may be built one tensor at a time.
+        loss: scalar, with the same weighting over rows as `grad`.
+        queries: read off the oracle.
+        info: flat scalars. Reserved: `variance` (estimate of the trace of the covariance of
+            `grad`), `coef_abs` (mean size of the loss differences over sigma, or of the slopes),
+            `nonfinite` (queries dropped because their loss was not finite).
+    """
+
+    grad: Mapping[str, Tensor]
+    loss: Tensor
+    queries: int
+    info: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Estimator(ABC):
+    """Turns answers of an oracle into a gradient. Subclasses are frozen dataclasses.
+
+    The oracle perturbs, forbids backward and counts queries; an estimator holds the coefficient
+    formula and nothing else. `traits` is a class attribute, or a property where settings decide.
+    """
+
+    traits: Traits
+
+    def init(self, params: Mapping[str, Tensor]) -> State:
+        """The state before the first step."""
+        return None
+
+    @abstractmethod
+    def estimate(
+        self,
+        oracle: LossOracle,
+        params: Mapping[str, Tensor],
+        state: State,
+        *,
+        key: Key,
+        plan: Plan,
+    ) -> tuple[Estimate, State]:
+        """One estimate of the gradient of the mean loss over the plan's rows.
+
+        Args:
+            oracle: answers queries about one batch; it satisfies `traits.needs`.
+            params: name -> tensor, read only.
+            state: from `init` or the last call.
+            key: names all randomness.
+            plan: which rows get which directions, with which weight.
+        """
+
+    @classmethod
+    @abstractmethod
+    def examples(cls) -> list[Self]:
+        """Instances for `fwdlearn.testing.check_estimator`: the default and some unlike it."""

@@ -1,0 +1,58 @@
+"""What an estimate carries: a gradient that is built one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fwdlearn.directions import Directions
+
+
+class DirectionGradient(Mapping[str, Tensor]):
+    """The sum of coefficient times direction, formed when a name is asked for.
+
+    A low-rank family costs one matrix product per tensor, with inner dimension
+    directions x rank. Sums run in float32 (float64 for float64 parameters).
+
+    Args:
+        directions: the family.
+        coefficients: [directions.count], one scalar a direction.
+    """
+
+    def __init__(self, directions: Directions, coefficients: Tensor) -> None:
+        if coefficients.shape != (directions.count,):
+            raise ValueError(
+                f"DirectionGradient needs one coefficient for each of {directions.count} "
+                f"directions, got shape {tuple(coefficients.shape)}."
+            )
+        self.directions = directions
+        self.coefficients = coefficients
+
+    def __getitem__(self, name: str) -> Tensor:
+        family = self.directions
+        site = family.sites[name]
+        dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
+        ids = torch.arange(family.count, device=family.device)
+        total: Tensor | None = None
+        for chunk in family.chunks(name, family.count):
+            factors = family.factors(name, ids[chunk])
+            coefficients = self.coefficients[chunk].to(family.device, dtype)
+            if isinstance(factors, Tensor):
+                part = torch.tensordot(coefficients, factors.to(dtype), 1)
+            else:
+                weighted = factors.left.to(dtype) * (coefficients * factors.scale)[:, None, None]
+                left = weighted.transpose(0, 1).flatten(1)
+                right = factors.right.to(dtype).transpose(0, 1).flatten(1)
+                part = left @ right.T
+            total = part if total is None else total.add_(part)
+        if total is None:
+            return torch.zeros(site.shape, dtype=dtype, device=family.device)
+        return total.reshape(site.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.directions.sites)
+
+    def __len__(self) -> int:
+        return len(self.directions.sites)

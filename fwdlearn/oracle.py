@@ -1,0 +1,129 @@
+"""What an estimator may ask, and the rules of asking.
+
+A query is one forward pass of one row at one perturbed point. Queries come in blocks: query j is
+row `row[j]` at `params + scale[j] * E[direction[j]]`, where E is a family of directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fwdlearn.directions import Directions
+from fwdlearn.errors import BackwardError, UsageError
+
+
+@runtime_checkable
+class LossOracle(Protocol):
+    """Answers with losses: all that zeroth-order estimators need."""
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """Name -> trainable tensor, read only."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+
+    @property
+    def queries(self) -> int:
+        """Queries answered so far."""
+
+    def losses(
+        self,
+        row: Tensor,
+        directions: Directions | None = None,
+        direction: Tensor | None = None,
+        scale: Tensor | float = 0.0,
+    ) -> Tensor:
+        """Losses of a block of queries.
+
+        Args:
+            row: int64 [queries], may repeat.
+            directions: the family, or None for the unperturbed point.
+            direction: int64 [queries], numbers within the family.
+            scale: float, or [queries].
+
+        Returns:
+            [queries], float64 if the parameters are, else float32.
+        """
+
+
+@runtime_checkable
+class SlopeOracle(LossOracle, Protocol):
+    """Answers with exact directional derivatives too."""
+
+    def slopes(
+        self, row: Tensor, directions: Directions, direction: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [queries] and their derivatives [queries] along the directions, at scale 0."""
+
+
+@runtime_checkable
+class ActivationOracle(LossOracle, Protocol):
+    """Adds noise where layers put out their results."""
+
+    @property
+    def sites(self) -> Mapping[str, tuple[int, ...]]:
+        """Layer name -> shape of one row of its output."""
+
+    def noisy_losses(
+        self, row: Tensor, noise: Mapping[str, Tensor], scale: Tensor | float
+    ) -> Tensor:
+        """Losses [queries] with `scale * noise[site]` ([queries, *shape]) added at each site."""
+
+    def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Parameter gradients from output cotangents ([rows, *shape]), by local products."""
+
+
+_OFFERS = {LossOracle: "losses", SlopeOracle: "slopes", ActivationOracle: "activation noise"}
+
+
+def require(oracle: object, needs: type, who: str) -> None:
+    """Raises UsageError, naming both sides, unless `oracle` satisfies the protocol `needs`."""
+    if isinstance(oracle, needs):
+        return
+    offered = [name for kind, name in _OFFERS.items() if isinstance(oracle, kind)]
+    raise UsageError(
+        f"{who} needs {_OFFERS.get(needs, needs.__name__)} ({needs.__name__}); "
+        f"{type(oracle).__name__} offers only {' and '.join(offered) or 'none of the protocols'}. "
+        "Choose an estimator that needs losses alone (`fwdlearn ls` shows what each one needs)."
+    )
+
+
+_forbidding = 0
+
+
+@contextmanager
+def forbid_backward() -> Iterator[None]:
+    """Inside, nothing records a graph and every backward pass raises BackwardError.
+
+    All of torch's reverse mode, `torch.func` included, goes through one call of the engine; that
+    call is refused for the whole process while any such block is open.
+    """
+    global _forbidding
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise BackwardError(
+            "a backward pass was asked for inside a forward-only run; remove the call to "
+            "backward() or torch.autograd.grad() from the model, the objective or the estimator."
+        )
+
+    if _forbidding == 0:
+        _engine.append(torch.autograd._engine_run_backward)  # type: ignore[attr-defined]
+        torch.autograd._engine_run_backward = refuse  # type: ignore[attr-defined]
+    _forbidding += 1
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _forbidding -= 1
+        if _forbidding == 0:
+            torch.autograd._engine_run_backward = _engine.pop()  # type: ignore[attr-defined]
+
+
+_engine: list[Any] = []
