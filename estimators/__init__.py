@@ -1,7 +1,9 @@
 """The estimators that come with fwdlearn, one family per file."""
 
 if __name__ == "estimators":
-    raise ImportError("import fwdlearn.estimators: under its bare name every class would exist twice")
+    raise ImportError(
+        "import fwdlearn.estimators: under its bare name every class would exist twice"
+    )
 
 from .random_perturbation import SPSA, RandomPerturbation
 

@@ -148,7 +148,8 @@ class SPSA(Estimator):
         start = oracle.queries
         directions = Directions(key, params, plan.directions, self.law, self.rank)
         # The two sides of a pair stay adjacent, so that they run in the same block.
-        scale = torch.tensor([self.sigma, -self.sigma], device=plan.row.device).repeat(len(plan))
+        signs = torch.tensor([1.0, -1.0], dtype=torch.float64, device=plan.row.device)
+        scale = (self.sigma * signs).repeat(len(plan))
         row, direction = plan.row.repeat_interleave(2), plan.direction.repeat_interleave(2)
         up, down = oracle.losses(row, directions, direction, scale).double().view(-1, 2).unbind(1)
         weight, nonfinite = plan.finite(up.isfinite() & down.isfinite())
