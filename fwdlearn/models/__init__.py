@@ -1,6 +1,10 @@
 """Models: each factory takes the data's `info` and its recipe's keys and returns `Built`."""
 
 from fwdlearn.models.built import Built
+from fwdlearn.models.cnn import cnn
+from fwdlearn.models.images import ImageProcessor
 from fwdlearn.models.mlp import mlp
+from fwdlearn.models.transformers import transformers
+from fwdlearn.models.vit import vit
 
-__all__ = ["Built", "mlp"]
+__all__ = ["Built", "ImageProcessor", "cnn", "mlp", "transformers", "vit"]

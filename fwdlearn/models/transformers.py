@@ -1,0 +1,218 @@
+"""Any model of the transformers library, with the tokenizer or the image size it expects."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fwdlearn.data.types import DataInfo
+from fwdlearn.errors import FwdlearnError, MissingError, UsageError
+from fwdlearn.models.built import Built, weights_from
+from fwdlearn.models.images import ImageProcessor
+from fwdlearn.models.location import local_folder
+
+_HEADS = {
+    "text": "AutoModelForSequenceClassification",
+    "image": "AutoModelForImageClassification",
+}
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def transformers(
+    info: DataInfo,
+    path: str | Path,
+    head: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    attention: str | None = None,
+    seed: int = 0,
+) -> Built:
+    """Loads a pretrained model and gives it a head for the data at hand.
+
+    A head that the folder lacks, or one for another number of classes, is drawn from `seed`. Code
+    that a model brings along is never run, and weights are read from safetensors only.
+
+    Args:
+        info: of the data; text or images.
+        path: a folder that `save_pretrained` wrote, `package:NAME/FOLDER` for a folder inside an
+            installed Python package, or a model's name on the hub (the local cache comes first).
+        head: `auto` chooses by the kind of data: sequence or image classification. Otherwise the
+            name of a class with `from_pretrained`, such as `AutoModelForSequenceClassification`.
+        dtype: of the weights.
+        attention: transformers' `attn_implementation`; None leaves the choice to transformers.
+        seed: of the new head's weights.
+
+    Returns:
+        The model in evaluation mode, a tokenizer or an `ImageProcessor`, and a `save` that writes
+        a folder for `from_pretrained`.
+
+    Raises:
+        MissingError: transformers is not installed, or there is no such model, tokenizer or hub.
+        UsageError: features, an unknown head or dtype, or a folder that cannot be loaded.
+    """
+    if info.kind not in _HEADS:
+        raise UsageError(f"transformers reads text or images, not {info.kind}; mlp reads features.")
+    if dtype not in _DTYPES:
+        raise UsageError(
+            f"transformers(dtype=...) must be one of {', '.join(_DTYPES)}, got {dtype!r}."
+        )
+    path = str(path)
+    folder = local_folder(path)
+    library = _library()
+    loader: Any = getattr(library, _HEADS[info.kind] if head == "auto" else head, None)
+    if not hasattr(loader, "from_pretrained"):
+        raise UsageError(
+            f"transformers(head=...) must be auto or the name of a transformers model class, got "
+            f"{head!r}; {_HEADS[info.kind]} is what auto means here."
+        )
+    with _quiet(library):
+        source = _on_hub(path) if folder is None else str(folder)
+        with _translated(path):
+            config = library.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            _set_head(config, info)
+            tokenizer = _tokenizer(library, source, config) if info.kind == "text" else None
+            extra = {} if attention is None else {"attn_implementation": attention}
+            with weights_from(seed):
+                module = loader.from_pretrained(
+                    source,
+                    config=config,
+                    dtype=getattr(torch, dtype),
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    trust_remote_code=False,
+                    **extra,
+                )
+    processor = tokenizer if tokenizer is not None else _image_processor(Path(source), config)
+
+    def save(target: Path) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        with _quiet(library):
+            module.save_pretrained(target)
+            if isinstance(processor, ImageProcessor):
+                processor.save(target)
+            else:
+                processor.save_pretrained(target)
+
+    return Built(module.eval(), processor, save)
+
+
+def _library() -> Any:
+    try:
+        import transformers as library
+    except ImportError as error:
+        raise MissingError(
+            "the model transformers needs the library of that name, which is not installed: "
+            'pip install "fwdlearn[hf]".'
+        ) from error
+    return library
+
+
+def _set_head(config: Any, info: DataInfo) -> None:
+    config.num_labels = info.outputs
+    if info.labels is not None:
+        config.id2label = dict(enumerate(info.labels))
+        config.label2id = {label: i for i, label in enumerate(info.labels)}
+    config.problem_type = "regression" if info.classes is None else "single_label_classification"
+
+
+def _tokenizer(library: Any, source: str, config: Any) -> Any:
+    try:
+        tokenizer = library.AutoTokenizer.from_pretrained(
+            source, use_fast=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MissingError(
+            f"transformers(path=...): {source} has a model but no tokenizer that can be loaded "
+            f"({_first_line(error)}); put tokenizer.json and tokenizer_config.json beside it."
+        ) from error
+    # Generative models have no padding token; with right padding and a mask any token serves.
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    config.pad_token_id = tokenizer.pad_token_id
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    return tokenizer
+
+
+def _image_processor(folder: Path, config: Any) -> ImageProcessor:
+    file = folder / "preprocessor_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UsageError(f"{file}: not JSON ({error}); restore the file or remove it.") from error
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    return ImageProcessor.from_config(settings, size, channels)
+
+
+def _on_hub(path: str) -> str:
+    """The folder of a hub model's files: from the cache if they are there, else downloaded."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        cached = snapshot_download(path, allow_patterns=patterns, local_files_only=True)
+        if any(Path(cached).glob("*.safetensors")):
+            return str(cached)
+    except (OSError, ValueError):
+        cached = None
+    try:
+        # One question without retries: with no network the answer comes at once.
+        HfApi().model_info(path, timeout=10)
+        return str(snapshot_download(path, allow_patterns=patterns))
+    except Exception as error:  # the client's HTTP library, and its errors, vary with its version
+        raise MissingError(
+            f"transformers(path=...): there is no folder {path}, and the hub gave no model of "
+            f"that name ({_first_line(error)}). Check the spelling and the network, or give a "
+            "folder written by save_pretrained."
+        ) from error
+
+
+@contextmanager
+def _translated(path: str) -> Iterator[None]:
+    """Turns the ways in which loading fails into one error that names the path."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except FwdlearnError:
+        raise
+    except OSError as error:
+        raise MissingError(
+            f"transformers(path=...): {path} cannot be loaded ({_first_line(error)}). The folder "
+            "must hold config.json and model.safetensors; weights in other formats are refused."
+        ) from error
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UsageError(
+            f"transformers(path=...): {path} cannot be loaded ({_first_line(error)}). The folder "
+            "may be damaged, or of a kind of model that this head or version does not know."
+        ) from error
+
+
+@contextmanager
+def _quiet(library: Any) -> Iterator[None]:
+    """No progress bars and no notes about new heads within the block; afterwards as before."""
+    settings = library.utils.logging
+    verbosity, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        settings.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
+        if bars:
+            settings.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
