@@ -112,10 +112,9 @@ def image_folder(
 
     def rows(paths: Sequence[Path], targets: Tensor) -> Dataset:
         if not in_memory:
-            return ImageFiles(paths, targets, pixels, mode)
-        return Rows(
-            torch.stack([decoded(file, pixels, mode, size is None) for file in paths]), targets
-        )
+            return ImageFiles(paths, targets, pixels, mode, exact=size is None)
+        images = [decoded(file, pixels, mode, exact=size is None) for file in paths]
+        return Rows(torch.stack(images), targets)
 
     info = DataInfo("image", (len(mode), *pixels), len(order), tuple(str(name) for name in order))
     if other is not None:

@@ -92,9 +92,10 @@ def npz(
 
 def _arrays(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        with archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(
@@ -131,7 +132,8 @@ def _pair(
             "must have equally many rows, at least one."
         )
     if inputs.dtype != np.uint8:
-        inputs = inputs.astype(np.float32)
+        with np.errstate(over="ignore"):  # an overflow is reported below, with its row
+            inputs = inputs.astype(np.float32)
         bad = np.flatnonzero(~np.isfinite(inputs).reshape(len(inputs), -1).all(axis=1))
         if len(bad):
             raise UsageError(
@@ -150,7 +152,8 @@ def _values(raw: Array, path: Path) -> Tensor:
     """Targets of a regression, float32 [rows, values]."""
     if not np.issubdtype(raw.dtype, np.floating):
         raise UsageError(f"{path}: evaluation and training targets differ in type.")
-    targets = torch.from_numpy(raw.astype(np.float32)).reshape(len(raw), -1)
+    with np.errstate(over="ignore"):
+        targets = torch.from_numpy(raw.astype(np.float32)).reshape(len(raw), -1)
     if not torch.isfinite(targets).all():
         raise UsageError(f"{path}: a target is not finite in float32; remove such rows.")
     return targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -87,6 +88,11 @@ def transformers(
                     trust_remote_code=False,
                     **extra,
                 )
+    if tokenizer is not None:
+        # Tokenizers and models are mixed freely: what the model cannot take is not handed to it.
+        known = inspect.signature(module.forward).parameters
+        names = [name for name in tokenizer.model_input_names if name in known]
+        tokenizer.model_input_names = names
     processor = tokenizer if tokenizer is not None else _image_processor(Path(source), config)
 
     def save(target: Path) -> None:
