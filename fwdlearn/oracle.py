@@ -13,8 +13,11 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
+from fwdlearn.engine import Engine
 from fwdlearn.errors import BackwardError, UsageError
+from fwdlearn.keys import Key
 
 
 @runtime_checkable
@@ -127,3 +130,58 @@ def forbid_backward() -> Iterator[None]:
 
 
 _engine: list[Any] = []
+
+
+class ModelOracle:
+    """A LossOracle on a model and a batch: perturbs, forbids backward, counts queries.
+
+    Args:
+        engine: runs the perturbed passes; shared by the oracles of a run.
+        batch: the rows.
+        dropout: names the dropout masks of the batch, for a model in training mode.
+
+    Example:
+        >>> from torch import nn
+        >>> from fwdlearn.batch import Batch
+        >>> from fwdlearn.engine import Engine
+        >>> batch = Batch((torch.ones(4, 3),), torch.zeros(4, dtype=torch.int64))
+        >>> engine = Engine(nn.Linear(3, 2), lambda output, targets: output.square().sum(1))
+        >>> oracle = ModelOracle(engine, batch)
+        >>> oracle.losses(torch.arange(4)).shape, oracle.queries
+        (torch.Size([4]), 4)
+    """
+
+    def __init__(self, engine: Engine, batch: Batch, dropout: Key | None = None) -> None:
+        self._engine, self._batch, self._dropout = engine, batch, dropout
+        self._queries = 0
+        self._params = {name: value.detach() for name, value in engine.params.items()}
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """Name -> trainable tensor, read only."""
+        return self._params
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self._batch)
+
+    @property
+    def queries(self) -> int:
+        """Queries answered so far."""
+        return self._queries
+
+    def losses(
+        self,
+        row: Tensor,
+        directions: Directions | None = None,
+        direction: Tensor | None = None,
+        scale: Tensor | float = 0.0,
+    ) -> Tensor:
+        """See `LossOracle.losses`."""
+        with forbid_backward(), torch.inference_mode():
+            losses = self._engine.losses(
+                self._batch, row, directions, direction, scale, self._dropout
+            )
+        self._queries += len(row)
+        return losses.clone()

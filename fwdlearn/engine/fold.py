@@ -1,0 +1,214 @@
+"""The folded pass: many queries as the rows of one forward pass, no weight ever written.
+
+A torch function mode watches the operations of an unmodified model. Where one of them takes a
+parameter, its rule adds what each row's direction contributes: `x W.T + scale (x b) a.T` for a
+low-rank direction of a linear layer. A use that no rule covers runs row by row on a materialised
+parameter, which is slow and right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fwdlearn.engine.queries import Queries
+from fwdlearn.engine.trace import Rows, TraceError, Use, opened, tensors, unchanged
+from fwdlearn.engine.varying import Varying, perturbed
+
+
+class Fold(TorchFunctionMode):
+    """Perturbs every use of a parameter in the forward passes run inside it.
+
+    Args:
+        names: id of a parameter -> its name.
+        uses: from `trace.compare`.
+        rules: torch function -> rule.
+        queries: one for each row of the forward pass.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        uses: Sequence[Use],
+        rules: Mapping[Any, Rule],
+        queries: Queries,
+    ) -> None:
+        super().__init__()
+        self.names, self.uses, self.rules = names, uses, rules
+        self.queries = queries
+        self.cursor = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.queries)
+
+    def finish(self) -> None:
+        """Raises TraceError unless every use that was expected has come."""
+        if self.cursor != len(self.uses):
+            raise TraceError("the model left out operations that it ran when it was traced")
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not any(self.is_made(t) for t in tensors((args, kwargs))):
+            return func(*args, **kwargs)
+        if func not in self.rules and (inside := opened(func)) is not None:
+            with self:
+                return inside(*args, **kwargs)
+        if unchanged(func, args, kwargs):
+            return args[0]
+        if self.cursor >= len(self.uses) or self.uses[self.cursor].func != func:
+            return self._unseen(func, args, kwargs)
+        call = Call(self, self.uses[self.cursor], args, kwargs)
+        rule = self.rules.get(func, by_row)
+        out = rule(call, *args, **kwargs)
+        self.cursor += 1
+        if call.use.constant:
+            for result in tensors(out):
+                if not hasattr(result, "_fwdlearn_varying"):
+                    result._fwdlearn_varying = (self, None)  # type: ignore[attr-defined]
+        return out
+
+    def is_made(self, value: Tensor) -> bool:
+        """Whether it is a parameter, or made of parameters alone."""
+        return id(value) in self.names or getattr(value, "_fwdlearn_varying", (None,))[0] is self
+
+    def varying(self, value: Any) -> Varying | None:
+        """What rows see of a parameter, or of something made of parameters alone."""
+        name = self.names.get(id(value))
+        if name is not None:
+            return perturbed(name, value, self.queries)
+        owner, varying = getattr(value, "_fwdlearn_varying", (None, None))
+        return varying if owner is self else None
+
+    def carry(self, plain: Tensor, varying: Varying) -> Tensor:
+        """`plain`, marked as a tensor whose rows see `varying`."""
+        plain._fwdlearn_varying = (self, varying)  # type: ignore[attr-defined]
+        return plain
+
+    def _unseen(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        # Reading a size is no use.
+        if not list(tensors(out)):
+            return out
+        raise TraceError(
+            f"{getattr(func, '__name__', func)} takes a parameter where it did not when the "
+            "model was traced"
+        )
+
+
+Rule = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a parameter in a folded pass, with what is known of its operands."""
+
+    fold: Fold
+    use: Use
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def func(self) -> Callable[..., Any]:
+        return self.use.func
+
+    @property
+    def count(self) -> int:
+        return self.fold.rows
+
+    def rows(self, value: Tensor) -> Rows | None:
+        """Where the rows lie in an operand; None where it has none."""
+        for operand, rows in zip(tensors((self.args, self.kwargs)), self.use.inputs, strict=True):
+            if operand is value:
+                return rows
+        raise AssertionError("not an operand of this call")
+
+    def by_row(self) -> Any:
+        """Runs the operation row by row, each on its own materialised parameters."""
+        return by_row(self, *self.args, **self.kwargs)
+
+
+def by_row(call: Call, *args: Any, **kwargs: Any) -> Any:
+    """Any operation: row by row on materialised parameters."""
+    operands = list(tensors((args, kwargs)))
+    varying = {id(t): v for t in operands if (v := call.fold.varying(t)) is not None}
+    if not varying:
+        return call.func(*args, **kwargs)
+    name = getattr(call.func, "__name__", "")
+    changes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    if changes and id(args[0]) in varying:
+        raise TraceError(f"{name}() writes into a parameter")
+    if call.use.constant:
+        return _constant_by_row(call, varying, args, kwargs)
+
+    def run(row: int) -> Any:
+        def one(value: Tensor) -> Tensor:
+            if id(value) in varying:
+                return varying[id(value)].narrowed(row)
+            rows = call.rows(value)
+            if rows is None:
+                return value
+            return rows.last(rows.first(value, call.count)[row : row + 1])
+
+        return call.func(*replaced(args, one), **replaced(kwargs, one))
+
+    parts = [run(row) for row in range(call.count)]
+    return args[0] if changes else _joined(call, parts)
+
+
+def _joined(call: Call, parts: list[Any]) -> Any:
+    where = iter(call.use.outputs)
+
+    def join(*values: Any) -> Any:
+        if isinstance(values[0], Tensor):
+            rows = next(where)
+            if rows is None:
+                raise TraceError(f"{call.func.__name__} mixes the rows of the batch")
+            return rows.last(torch.cat([rows.first(value, 1) for value in values]))
+        if isinstance(values[0], (tuple, list)):
+            return type(values[0])(join(*items) for items in zip(*values, strict=True))
+        return values[0]
+
+    return join(*parts)
+
+
+def _constant_by_row(call: Call, varying: Mapping[int, Varying], args: Any, kwargs: Any) -> Any:
+    """Parameters in, parameters out; unless the result was expanded over the rows."""
+    plain = call.func(*args, **kwargs)
+    results = list(tensors(plain))
+    parts = []
+    for row in range(call.count):
+
+        def one(value: Tensor, row: int = row) -> Tensor:
+            return varying[id(value)].narrowed(row) if id(value) in varying else value
+
+        parts.append(list(tensors(call.func(*replaced(args, one), **replaced(kwargs, one)))))
+    made = {}
+    for result, rows, *seen in zip(results, call.use.outputs, *parts, strict=True):
+        if rows is None:
+            delta = torch.stack([part - result for part in seen])
+            call.fold.carry(result, Varying(result, call.fold.queries.scale, delta=delta))
+            made[id(result)] = result
+        else:
+            own = [rows.first(part, call.count)[row] for row, part in enumerate(seen)]
+            made[id(result)] = rows.last(torch.stack(own))
+    return replaced(plain, lambda value: made[id(value)])
+
+
+def replaced(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    """Nested arguments with `f` applied to every tensor."""
+    if isinstance(value, Tensor):
+        return f(value)
+    if isinstance(value, (tuple, list)):
+        items = [replaced(item, f) for item in value]
+        return type(value)(items) if type(value) in (tuple, list) else type(value)(*items)
+    if isinstance(value, dict):
+        return {key: replaced(item, f) for key, item in value.items()}
+    return value

@@ -1,0 +1,224 @@
+"""Which way perturbed passes run, why, and whether that way can be trusted.
+
+The rungs, best first: `fold` (many queries in one forward pass), `sequential` (one perturbed copy
+at a time). The engine traces the model, compares a block of queries on both, and steps down when
+they disagree; it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fwdlearn.batch import Batch
+from fwdlearn.directions import Directions
+from fwdlearn.engine import sequential
+from fwdlearn.engine.fold import Fold
+from fwdlearn.engine.params import trainable
+from fwdlearn.engine.queries import Queries, masks
+from fwdlearn.engine.rules import RULES
+from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
+from fwdlearn.errors import UsageError
+from fwdlearn.keys import Key
+
+RUNGS = ("fold", "sequential")
+
+# The widest activation of a block: about what caches hold on a CPU, what fills a GPU.
+_BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
+# Largest difference between rungs, relative to the change that the perturbation makes.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
+
+Objective = Callable[[object, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rung in use and why it is."""
+
+    rung: str
+    reason: str
+
+
+class Engine:
+    """Runs perturbed forward passes of one model.
+
+    Args:
+        model: any module; its weights are never written.
+        objective: (output, targets) -> losses [rows].
+        rung: "auto", or one of `RUNGS` to insist on it.
+        memory_budget: bytes that the activations of a block may take, or None for a size that
+            keeps the device busy.
+
+    Raises:
+        UsageError: `rung` is unknown, or nothing is trainable.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        rung: str = "auto",
+        memory_budget: int | None = None,
+    ) -> None:
+        if rung not in ("auto", *RUNGS):
+            raise UsageError(f"rung must be auto, {' or '.join(RUNGS)}, got {rung!r}.")
+        if memory_budget is not None and memory_budget < 1:
+            raise UsageError(f"memory_budget must be positive (bytes), got {memory_budget}.")
+        self.model, self.objective = model, objective
+        self.params: Mapping[str, nn.Parameter] = trainable(model)
+        self.wanted, self.memory_budget = rung, memory_budget
+        self.choice: Choice | None = None
+        self.events: list[Choice] = []
+        self._names = {id(value): name for name, value in self.params.items()}
+        self._uses: tuple[Use, ...] = ()
+        self._widest = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype among the trainable parameters."""
+        dtypes = {value.dtype for value in self.params.values()}
+        return max(dtypes, key=lambda dtype: (dtype.itemsize, str(dtype)))
+
+    def block(self, batch: Batch) -> int:
+        """Rows of one forward pass. A function of shapes alone, so that runs repeat exactly."""
+        limit = self.memory_budget or _BLOCK_BYTES.get(batch.device.type, 2**28)
+        if self.memory_budget:
+            # Some four activations of the widest kind are alive at once.
+            limit //= 4
+        return max(1, limit // max(1, self._widest))
+
+    def losses(
+        self,
+        batch: Batch,
+        row: Tensor,
+        directions: Directions | None = None,
+        direction: Tensor | None = None,
+        scale: Tensor | float = 0.0,
+        dropout: Key | None = None,
+    ) -> Tensor:
+        """Losses [queries]; see `LossOracle.losses`. `dropout` names the masks of the batch."""
+        dropout = dropout if self.model.training else None
+        if self.choice is None:
+            self.choose(batch, dropout)
+        if directions is None or direction is None:
+            return self._plain(batch, row, dropout)
+        scale = torch.as_tensor(scale, dtype=torch.float64, device=row.device).expand(len(row))
+        queries = Queries(batch, row, directions, direction, scale, dropout)
+        assert self.choice is not None
+        if self.choice.rung == "fold":
+            try:
+                return self._fold(queries)
+            except TraceError:
+                # Another kind of batch may take another path through the model.
+                try:
+                    self._trace(batch, dropout)
+                    return self._fold(queries)
+                except TraceError as error:
+                    self._step_down(str(error))
+        return self._sequential(queries)
+
+    def choose(self, batch: Batch, dropout: Key | None = None) -> Choice:
+        """Traces the model on rows of `batch`, checks the fold, and settles on a rung."""
+        dropout = dropout if self.model.training else None
+        if self.wanted == "sequential":
+            self._settle(Choice("sequential", "asked for"))
+        else:
+            try:
+                self._trace(batch, dropout)
+                error = self._check(batch, dropout)
+                self._settle(Choice("fold", f"equals the sequential reference to {error:.1e}"))
+            except TraceError as error:
+                self._step_down(str(error))
+        assert self.choice is not None
+        return self.choice
+
+    def row_losses(self, output: object, rows: Batch) -> Tensor:
+        """The objective on the output of one forward pass, one loss a row."""
+        losses = self.objective(output, rows.targets)
+        if not isinstance(losses, Tensor) or losses.shape != (len(rows),):
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise UsageError(
+                f"the objective must return one loss a row, [{len(rows)}], got {shape}; "
+                "a mean over rows cannot be told apart again."
+            )
+        return losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+    def _plain(self, batch: Batch, row: Tensor, dropout: Key | None) -> Tensor:
+        block = len(row) if sequential.mixes_rows(self.model) else self.block(batch)
+        parts = []
+        for part in row.split(block):
+            rows = batch.select(part)
+            with masks(dropout, part):
+                output = self.model(*rows.args, **rows.kwargs)
+            parts.append(self.row_losses(output, rows))
+        return torch.cat(parts)
+
+    def _fold(self, queries: Queries, block: int | None = None) -> Tensor:
+        parts = []
+        size = block or self.block(queries.batch)
+        for start in range(0, len(queries), size):
+            some = queries.at(slice(start, start + size))
+            rows = some.inputs()
+            fold = Fold(self._names, self._uses, RULES, some)
+            with some.masks(), fold:
+                output = self.model(*rows.args, **rows.kwargs)
+            fold.finish()
+            parts.append(self.row_losses(output, rows))
+        return torch.cat(parts)
+
+    def _sequential(self, queries: Queries, block: int | None = None) -> Tensor:
+        size = block or self.block(queries.batch)
+        return sequential.run(self.model, self.params, queries, self.row_losses, size)
+
+    def _trace(self, batch: Batch, dropout: Key | None) -> None:
+        recorders = []
+        for count in (2, 3):
+            index = torch.arange(count, device=batch.device) % len(batch)
+            # New tensors, because the trace marks them.
+            rows = batch.select(index).map(torch.clone)
+            recorder = Recorder(self._names, RULES)
+            recorder.start((rows.args, dict(rows.kwargs)))
+            with masks(dropout, index), recorder:
+                self.model(*rows.args, **rows.kwargs)
+            recorders.append(recorder)
+        self._uses = compare(*recorders)
+        self._widest = -(-recorders[1].widest // 3)
+
+    def _check(self, batch: Batch, dropout: Key | None) -> float:
+        """The largest difference between the fold and the reference, relative to the change."""
+        count = min(3, len(batch))
+        row = torch.arange(count, device=batch.device)
+        alone = torch.cat([self._plain(batch, one, dropout) for one in row.split(1)])
+        rounding = (self._plain(batch, row, dropout) - alone).abs().max()
+        directions = Directions(Key.root(0).fold("self-check"), self.params, count)
+        tolerance = _TOLERANCE.get(self.dtype, 0.1)
+        least = float("inf")
+        # Loud enough to be seen over rounding, not so loud that the model saturates.
+        for size in (1e-3, 1e-2, 1e-1):
+            scale = torch.full((count,), size, dtype=torch.float64, device=batch.device)
+            queries = Queries(batch, row, directions, row, scale, dropout)
+            reference = self._sequential(queries, 1)
+            error = (self._fold(queries, count) - reference).abs().max() - rounding
+            change = (reference - alone).abs().max()
+            if torch.isfinite(change) and change > 0:
+                least = min(least, max(float(error / change), 0.0))
+            if least <= tolerance:
+                return least
+        raise TraceError(
+            f"the folded pass differs from the reference by {least:.1e} of the change that the "
+            f"perturbation makes (allowed: {tolerance:.0e})"
+        )
+
+    def _settle(self, choice: Choice) -> None:
+        self.choice = choice
+        self.events.append(choice)
+
+    def _step_down(self, reason: str) -> None:
+        if self.wanted == "fold":
+            raise UsageError(
+                f"rung 'fold' was asked for, but {reason}; leave rung at 'auto' to step down."
+            )
+        self._settle(Choice("sequential", reason))

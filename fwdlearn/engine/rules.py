@@ -1,0 +1,338 @@
+"""How each operation on a parameter is perturbed in the folded pass.
+
+A rule takes the call and the operation's own arguments, under torch's names, and returns what the
+operation would have returned had every row used its own perturbed parameter. What a rule does not
+cover it leaves to `call.by_row()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fwdlearn.engine.fold import Call, Rule, replaced
+from fwdlearn.engine.trace import Rows, TraceError, tensors
+from fwdlearn.engine.varying import Varying
+
+_POINTWISE = {
+    *("add", "sub", "mul", "div", "true_divide", "rsub", "pow", "maximum", "minimum", "where"),
+    *("radd", "rmul", "rtruediv", "rpow", "truediv", "neg", "exp", "log", "sigmoid", "tanh"),
+    *("softplus", "clamp", "abs", "square", "sqrt", "rsqrt", "relu", "addcmul", "lerp", "float"),
+    *("double", "half", "bfloat16", "to", "type_as", "reciprocal", "multiply", "subtract"),
+    *("iadd", "isub", "imul", "itruediv", "silu", "gelu"),
+}
+
+
+def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    rows = call.rows(input)
+    if rows is None or weight.dim() != 2 or call.fold.varying(input) is not None:
+        return call.by_row()
+    return _product(call, F.linear(input, weight, bias), input, rows, weight, bias)
+
+
+def matmul(call: Call, input: Tensor, other: Tensor, **kwargs: Any) -> Any:
+    if kwargs or not call.fold.is_made(other) or other.dim() != 2 or call.fold.is_made(input):
+        return call.by_row()
+    rows = call.rows(input)
+    if rows is None or rows.axis == input.dim() - 1:
+        return call.by_row()
+    return _product(call, call.func(input, other), input, rows, other, None, right=True)
+
+
+def addmm(call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Any:
+    if kwargs or not call.fold.is_made(mat2) or call.fold.is_made(mat1) or input.dim() != 1:
+        return call.by_row()
+    rows = call.rows(mat1)
+    if rows is None or rows.axis != 0:
+        return call.by_row()
+    return _product(call, call.func(input, mat1, mat2), mat1, rows, mat2, input, right=True)
+
+
+def _product(
+    call: Call,
+    out: Tensor,
+    input: Tensor,
+    rows: Rows,
+    weight: Tensor,
+    bias: Tensor | None,
+    right: bool = False,
+) -> Tensor:
+    """Adds to the plain product `out` what each row's weight and bias contribute."""
+    x = rows.first(input, call.count)
+    y = rows.first(out, call.count)
+    flat = x.reshape(call.count, -1, x.shape[-1])
+    varying = call.fold.varying(weight)
+    if varying is not None:
+        if right:
+            varying = varying.transposed(weight.T)
+        y += varying.thin_matrix(flat).view(y.shape)
+    shift = call.fold.varying(bias)
+    if shift is not None:
+        y += shift.dense().view(call.count, *[1] * (y.dim() - 2), -1)
+    return out
+
+
+def transpose(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    varying = call.fold.varying(input)
+    plain = call.func(input, *args, **kwargs)
+    if varying is None or input.dim() != 2 or plain.shape != input.T.shape:
+        return call.by_row()
+    if plain.stride() == input.stride():
+        return call.fold.carry(plain, varying)
+    return call.fold.carry(plain, varying.transposed(plain))
+
+
+def embedding(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if max_norm is not None:
+        raise TraceError("an embedding with max_norm writes into its weight")
+    varying, rows = call.fold.varying(weight), call.rows(input)
+    if varying is None or rows is None:
+        return call.by_row()
+    out = F.embedding(input, weight)
+    index = rows.first(input, call.count)
+    y = rows.first(out, call.count)
+    flat = index.reshape(call.count, -1)
+    number = torch.arange(call.count, device=flat.device)[:, None]
+    if varying.delta is not None:
+        y += varying.delta[number, flat].view(y.shape)
+        return out
+    thin = varying.thin
+    assert thin is not None
+    left = thin.left[number, flat] * (varying.scale * thin.scale).to(y.dtype)[:, None, None]
+    y += (left @ thin.right.transpose(1, 2)).view(y.shape)
+    return out
+
+
+def conv(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    rows = call.rows(input)
+    spatial = weight.dim() - 2
+    if rows != Rows(0) or input.dim() != spatial + 2 or call.fold.is_made(input):
+        return call.by_row()
+    out = call.func(input, weight, bias, stride, padding, dilation, groups)
+    count, channels = call.count, weight.shape[0]
+    varying = call.fold.varying(weight)
+    if varying is not None:
+        # Every row is a group of channels of one wide image, so that each has its own kernel.
+        image = input.reshape(1, count * input.shape[1], *input.shape[2:])
+        if varying.thin is None:
+            kernel = varying.dense().flatten(0, 1)
+            wide = call.func(image, kernel, None, stride, padding, dilation, count * groups)
+            out += wide.view(out.shape)
+        else:
+            thin = varying.thin
+            rank = thin.right.shape[-1]
+            kernel = thin.right.transpose(1, 2).reshape(count, 1, rank, *weight.shape[1:])
+            kernel = kernel.expand(count, groups, *kernel.shape[2:]).flatten(0, 2)
+            inner = call.func(image, kernel, None, stride, padding, dilation, count * groups)
+            left = thin.left.reshape(count * groups, channels // groups, rank)
+            inner = inner.view(count, groups * rank, -1)
+            inner = inner * (varying.scale * thin.scale).to(inner.dtype)[:, None, None]
+            out += (left @ inner.view(count * groups, rank, -1)).view(out.shape)
+    shift = call.fold.varying(bias)
+    if shift is not None:
+        out += shift.dense().view(count, channels, *[1] * spatial)
+    return out
+
+
+def layer_norm(
+    call: Call,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *args: Any,
+) -> Any:
+    return _affine(call, F.layer_norm(input, normalized_shape, None, None, eps), weight, bias)
+
+
+def rms_norm(
+    call: Call,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Any:
+    return _affine(call, F.rms_norm(input, normalized_shape, None, eps), weight, None)
+
+
+def group_norm(
+    call: Call,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *args: Any,
+) -> Any:
+    out = F.group_norm(input, num_groups, None, None, eps)
+    return _affine(call, out, weight, bias, channels=True)
+
+
+def batch_norm(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if training:
+        raise TraceError("batch normalisation in training mode mixes the rows of the batch")
+    out = F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)
+    return _affine(call, out, weight, bias, channels=True)
+
+
+def _affine(
+    call: Call, out: Tensor, weight: Tensor | None, bias: Tensor | None, channels: bool = False
+) -> Tensor:
+    input = call.args[0] if call.args else call.kwargs["input"]
+    rows = call.rows(input)
+    if rows is None or call.fold.is_made(input):
+        return call.by_row()
+    # A channel lies on axis 1, so its weights are followed by one axis for each axis after it.
+    tail = [1] * (out.dim() - 2) if channels else []
+    shown, dim = _spread(out, rows, call.count), out.dim()
+    for value, inplace in ((weight, torch.Tensor.mul_), (bias, torch.Tensor.add_)):
+        if value is None:
+            continue
+        varying = call.fold.varying(value)
+        if varying is None:
+            inplace(out, value.reshape(*value.shape, *tail))
+            continue
+        batched = varying.batched()
+        inplace(shown, _aligned(batched.reshape(*batched.shape, *tail), dim, rows))
+    return out
+
+
+def pointwise(call: Call, *args: Any, **kwargs: Any) -> Any:
+    operands = list(tensors((args, kwargs)))
+    varying = {id(t): v for t in operands if (v := call.fold.varying(t)) is not None}
+    rows = call.use.outputs[0] if call.use.outputs else None
+    first = args[0] if args and isinstance(args[0], Tensor) else None
+    name = call.func.__name__
+    writes = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+    if not varying or "out" in kwargs or (rows is None and not call.use.constant):
+        return call.by_row()
+    if writes and id(first) in varying:
+        raise TraceError(f"{name}() writes into a parameter")
+    dim = max(t.dim() for t in operands)
+    if rows is None:
+        plain = call.func(*args, **kwargs)
+
+        def batched(value: Tensor) -> Tensor:
+            if id(value) not in varying:
+                return value
+            full = varying[id(value)].batched()
+            return full.reshape(call.count, *[1] * (dim - value.dim()), *value.shape)
+
+        seen = call.func(*replaced(args, batched), **replaced(kwargs, batched))
+        return call.fold.carry(plain, Varying(plain, call.fold.queries.scale, delta=seen - plain))
+
+    def shown(value: Tensor) -> Tensor:
+        if id(value) in varying:
+            return _aligned(varying[id(value)].batched(), dim, rows)
+        where = call.rows(value)
+        if where is not None:
+            return _spread(value, where, call.count)
+        axis = rows.axis - (dim - value.dim())
+        return value.unsqueeze(axis) if rows.flat and axis >= 0 else value
+
+    constants = [t for t in operands if id(t) not in varying and call.rows(t) is None]
+    axes = [rows.axis - (dim - t.dim()) for t in constants]
+    if rows.flat and any(a >= 0 and t.shape[a] != 1 for a, t in zip(axes, constants, strict=True)):
+        return call.by_row()
+    out = call.func(*replaced(args, shown), **replaced(kwargs, shown))
+    if writes:
+        return first
+    return out.flatten(rows.axis, rows.axis + 1) if rows.flat else out
+
+
+def _spread(value: Tensor, rows: Rows, count: int) -> Tensor:
+    """A view in which the rows have an axis of their own, where they lie."""
+    if not rows.flat:
+        return value
+    entries = value.shape[rows.axis] // count
+    return value.unflatten(rows.axis, (entries, count) if rows.minor else (count, entries))
+
+
+def _aligned(batched: Tensor, dim: int, rows: Rows) -> Tensor:
+    """[rows, *shape] so that it broadcasts against a `_spread` tensor of `dim` axes."""
+    padded = batched.reshape(len(batched), *[1] * (dim - batched.dim() + 1), *batched.shape[1:])
+    if padded.shape[1 + rows.axis] != 1:
+        raise TraceError(
+            f"a parameter of shape {tuple(batched.shape[1:])} varies along the rows of the batch"
+        )
+    if rows.flat:
+        return padded.movedim(0, rows.axis + int(rows.minor))
+    return padded.squeeze(1 + rows.axis).movedim(0, rows.axis)
+
+
+class _Rules(dict[Any, Rule]):
+    """Torch functions to rules, pointwise operations by their name."""
+
+    def __contains__(self, func: object) -> bool:
+        return dict.__contains__(self, func) or _base(func) in _POINTWISE
+
+    def get(self, func: Any, default: Any = None) -> Any:
+        if dict.__contains__(self, func):
+            return self[func]
+        return pointwise if _base(func) in _POINTWISE else default
+
+
+def _base(func: object) -> str:
+    return getattr(func, "__name__", "").strip("_")
+
+
+RULES: Mapping[Any, Rule] = _Rules(
+    {
+        F.linear: linear,
+        torch.matmul: matmul,
+        torch.mm: matmul,
+        torch.Tensor.matmul: matmul,
+        torch.Tensor.mm: matmul,
+        torch.Tensor.__matmul__: matmul,
+        torch.addmm: addmm,
+        torch.t: transpose,
+        torch.transpose: transpose,
+        torch.Tensor.t: transpose,
+        torch.Tensor.transpose: transpose,
+        torch.Tensor.T.__get__: transpose,
+        torch.Tensor.mT.__get__: transpose,
+        F.embedding: embedding,
+        F.conv1d: conv,
+        F.conv2d: conv,
+        F.conv3d: conv,
+        F.layer_norm: layer_norm,
+        torch.layer_norm: layer_norm,
+        F.rms_norm: rms_norm,
+        torch.rms_norm: rms_norm,
+        F.group_norm: group_norm,
+        torch.group_norm: group_norm,
+        F.batch_norm: batch_norm,
+    }
+)

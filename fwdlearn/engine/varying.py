@@ -1,0 +1,81 @@
+"""Parameters as the folded pass sees them: one plain tensor, and what each row adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fwdlearn.directions import LowRank
+from fwdlearn.engine.queries import Queries
+
+
+@dataclass(frozen=True)
+class Varying:
+    """A tensor without rows whose perturbation differs from row to row.
+
+    Either `thin` is there and row r sees `plain + scale[r] * left[r] @ right[r].T` (as a matrix,
+    `transposed` where the tensor is), or `delta` is, and row r sees `plain + delta[r]`.
+
+    Args:
+        plain: the unperturbed tensor.
+        scale: float [rows].
+        thin: factors, left [rows, m, rank] and right [rows, n, rank].
+        delta: [rows, *plain.shape].
+    """
+
+    plain: Tensor
+    scale: Tensor
+    thin: LowRank | None = None
+    delta: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.scale)
+
+    def transposed(self, plain: Tensor) -> Varying:
+        """The transpose of a matrix; `plain` is its plain tensor, already transposed."""
+        if self.thin is None:
+            return Varying(plain, self.scale, delta=self.dense().transpose(1, 2))
+        swapped = LowRank(self.thin.right, self.thin.left, self.thin.scale)
+        return Varying(plain, self.scale, swapped)
+
+    def dense(self) -> Tensor:
+        """[rows, *plain.shape]: what each row adds."""
+        if self.delta is not None:
+            return self.delta
+        assert self.thin is not None
+        left = (
+            self.thin.left * (self.scale * self.thin.scale).to(self.thin.left.dtype)[:, None, None]
+        )
+        return (left @ self.thin.right.transpose(1, 2)).reshape(self.rows, *self.plain.shape)
+
+    def batched(self) -> Tensor:
+        """[rows, *plain.shape]: what each row sees."""
+        return self.plain + self.dense()
+
+    def narrowed(self, row: int) -> Tensor:
+        """What one row sees."""
+        one = slice(row, row + 1)
+        if self.delta is not None:
+            return self.plain + self.delta[row]
+        assert self.thin is not None
+        thin = LowRank(self.thin.left[one], self.thin.right[one], self.thin.scale)
+        return Varying(self.plain, self.scale[one], thin).batched()[0]
+
+    def thin_matrix(self, x: Tensor) -> Tensor:
+        """x [rows, k, n] times what each row adds, transposed: [rows, k, m]."""
+        if self.delta is not None:
+            return x @ self.delta.transpose(1, 2)
+        assert self.thin is not None
+        inner = (x @ self.thin.right) * (self.scale * self.thin.scale).to(x.dtype)[:, None, None]
+        return inner @ self.thin.left.transpose(1, 2)
+
+
+def perturbed(name: str, plain: Tensor, queries: Queries) -> Varying:
+    """The parameter `name` as each query sees it."""
+    factors = queries.directions.factors(name, queries.direction)
+    if isinstance(factors, LowRank):
+        return Varying(plain, queries.scale, factors)
+    wide = queries.scale.to(plain.dtype).reshape(-1, *[1] * plain.dim())
+    return Varying(plain, queries.scale, delta=factors * wide)

@@ -1,0 +1,403 @@
+"""The loop: batch, plan, estimate, update, log. Forward passes only."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fwdlearn.allocator import Allocator, Plan
+from fwdlearn.batch import Batch
+from fwdlearn.data.types import Data, Dataset
+from fwdlearn.engine import Engine
+from fwdlearn.errors import NonFiniteError, UsageError
+from fwdlearn.estimator import Estimate, Estimator
+from fwdlearn.keys import Key
+from fwdlearn.memory import peak_bytes
+from fwdlearn.objectives import correct
+from fwdlearn.oracle import ModelOracle, forbid_backward, require
+
+
+class Reporter(Protocol):
+    """What a trainer tells of itself to: a sink."""
+
+    def start(self, meta: dict[str, Any]) -> None: ...
+
+    def log(self, record: dict[str, Any]) -> None: ...
+
+    def finish(self, summary: dict[str, Any]) -> None: ...
+
+
+class Schedule(Protocol):
+    """A learning-rate schedule of torch, stepped once a step."""
+
+    def step(self) -> None: ...
+
+
+@dataclass
+class _Window:
+    """Sums over the steps since the last record."""
+
+    steps: int = 0
+    loss: float = 0.0
+    square_norm: float = 0.0
+    variance: float = 0.0
+    queries: int = 0
+    nonfinite: int = 0
+    seconds: float = 0.0
+
+    def add(self, estimate: Estimate, square_norm: float, seconds: float) -> None:
+        info = estimate.info
+        self.steps += 1
+        self.loss += float(estimate.loss)
+        self.square_norm += square_norm
+        self.variance += float(info.get("variance", math.nan))
+        self.queries += estimate.queries
+        self.nonfinite += int(info.get("nonfinite", 0))
+        self.seconds += seconds
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "train.loss": self.loss / self.steps,
+            "grad.norm": math.sqrt(self.square_norm / self.steps),
+            # The squared norm of an estimate is that of the gradient plus the variance.
+            "snr": (self.square_norm - self.variance) / self.variance if self.variance else None,
+            "queries_per_second": self.queries / self.seconds if self.seconds else None,
+            "nonfinite": self.nonfinite,
+        }
+
+
+class Trainer:
+    """Trains a model with forward passes only.
+
+    Args:
+        model: any module, already on `device`; its parameters that require a gradient are trained.
+        data: training rows, and evaluation rows if there are any.
+        objective: (output, targets) -> losses [rows].
+        estimator: turns losses into a gradient.
+        allocator: divides the queries of a step among its rows.
+        optimizer: a torch optimizer on the model's trainable parameters.
+        schedule: a torch learning-rate schedule, stepped once a step.
+        batch_size: rows of a step, at least 1.
+        steps: how many steps to take; or
+        queries: a budget of queries, one forward pass of one row each. Exactly one of the two.
+        seed: of all randomness, in [0, 2**64).
+        device: where batches go.
+        evaluate_every: steps between evaluations, or None to evaluate at the end alone.
+        evaluation_batch_size: rows of an evaluation pass.
+        log_every: steps between records.
+        train_mode: puts the model into training mode: dropout with one mask a row and step,
+            batch normalisation on the batch's own statistics.
+        rung: how perturbed passes run: "auto", "fold" or "sequential".
+        memory_budget: bytes that the activations of a block of queries may take.
+        sinks: told of the start, of every record and of the end.
+
+    Raises:
+        UsageError: a setting is out of range, or the parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        objective: Callable[[Any, Tensor], Tensor],
+        estimator: Estimator,
+        allocator: Allocator,
+        optimizer: torch.optim.Optimizer,
+        *,
+        schedule: Schedule | None = None,
+        batch_size: int = 32,
+        steps: int | None = None,
+        queries: int | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+        evaluate_every: int | None = None,
+        evaluation_batch_size: int = 256,
+        log_every: int = 10,
+        train_mode: bool = False,
+        rung: str = "auto",
+        memory_budget: int | None = None,
+        sinks: Sequence[Reporter] = (),
+    ) -> None:
+        counts = {
+            "batch_size": batch_size,
+            "steps": steps,
+            "queries": queries,
+            "evaluate_every": evaluate_every,
+            "evaluation_batch_size": evaluation_batch_size,
+            "log_every": log_every,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise UsageError(f"Trainer({name}=...) must be at least 1, got {value}.")
+        if (steps is None) == (queries is None):
+            raise UsageError("Trainer needs exactly one of steps=... and queries=... .")
+        if not len(data.train):
+            raise UsageError("Trainer(data=...) has no training rows.")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise UsageError(
+                f"{type(optimizer).__name__} evaluates the loss inside its step; choose an "
+                "optimizer that reads gradients, such as SGD or Adam."
+            )
+        self.model, self.data, self.objective = model, data, objective
+        self.estimator, self.allocator = estimator, allocator
+        self.optimizer, self.schedule = optimizer, schedule
+        self.steps, self.budget = steps, queries
+        self.batch_size = min(batch_size, len(data.train))
+        self.device, self.seed, self.train_mode = device, seed, train_mode
+        self.evaluate_every, self.log_every = evaluate_every, log_every
+        self.evaluation_batch_size = evaluation_batch_size
+        self.sinks = sinks
+        self.key = Key.root(seed)
+        self.engine = Engine(model, objective, rung, memory_budget)
+        self._check_parts()
+
+    def train(self) -> dict[str, Any]:
+        """Runs all steps.
+
+        Returns:
+            The summary: `status`, `steps`, `queries`, `forwards` (queries / batch size),
+            `seconds`, `train.loss` (of the last record), `eval.*`, `memory.*`, `engine.*`, `seed`.
+
+        Raises:
+            NonFiniteError: losses or gradients are no longer finite.
+        """
+        begun = time.monotonic()
+        with self._mode(self.train_mode):
+            choice = self._choose()
+            self._tell("start", self._meta())
+            state, plans = self.estimator.init(self.engine.params), self.allocator.init()
+            step = spent = 0
+            window, last = _Window(), {}
+            scores: dict[str, float] = {}
+            for step in range(1, self._planned() + 1):
+                started = time.monotonic()
+                estimate, state, plans = self._estimate(step - 1, state, plans)
+                lr = self.optimizer.param_groups[0]["lr"]
+                square_norm = self._update(estimate)
+                spent += estimate.queries
+                window.add(estimate, square_norm, time.monotonic() - started)
+                if step % self.log_every == 0 or step == self._planned():
+                    last = window.record()
+                    self._log(step, spent, begun, {"lr": float(lr), **last})
+                    window = _Window()
+                if self.evaluate_every and step % self.evaluate_every == 0:
+                    scores = self._evaluated(step, spent, begun)
+            if self.data.evaluation is not None and (
+                not self.evaluate_every or step % self.evaluate_every
+            ):
+                scores = self._evaluated(step, spent, begun)
+        summary = {
+            "status": "finished",
+            "steps": step,
+            "queries": spent,
+            "forwards": spent / self.batch_size,
+            "seconds": time.monotonic() - begun,
+            "train.loss": last.get("train.loss"),
+            "eval.loss": scores.get("loss"),
+            "eval.accuracy": scores.get("accuracy"),
+            "memory.peak_bytes": peak_bytes(self.device),
+            "memory.weights_bytes": self._weights_bytes(),
+            "engine.rung": choice.rung,
+            "engine.reason": choice.reason,
+            "seed": self.seed,
+        }
+        self._tell("finish", summary)
+        return summary
+
+    def evaluate(self, dataset: Dataset | None = None) -> dict[str, float]:
+        """Mean loss, and accuracy where there are classes, of `dataset` or the evaluation rows."""
+        dataset = self.data.evaluation if dataset is None else dataset
+        if dataset is None or not len(dataset):
+            raise UsageError("there are no evaluation rows; give the data some, or a dataset.")
+        loss, right, rated = 0.0, 0, True
+        with self._mode(False), forbid_backward(), torch.inference_mode():
+            for index in torch.arange(len(dataset)).split(self.evaluation_batch_size):
+                batch = dataset.batch(index).to(self.device)
+                output = self.model(*batch.args, **batch.kwargs)
+                loss += float(self.engine.row_losses(output, batch).double().sum())
+                hits = correct(output, batch.targets)
+                rated = rated and hits is not None
+                right += int(hits.sum()) if hits is not None else 0
+        scores = {"loss": loss / len(dataset)}
+        return {**scores, "accuracy": right / len(dataset)} if rated else scores
+
+    def explain(self) -> dict[str, Any]:
+        """What a run would do and cost, from a few steps that are measured and thrown away."""
+        with self._mode(self.train_mode):
+            choice = self._choose()
+            state, plans = self.estimator.init(self.engine.params), self.allocator.init()
+            seconds, queries = [], 0
+            for step in range(3):
+                started = time.monotonic()
+                estimate, _, _ = self._estimate(step, state, plans)
+                for name in estimate.grad:
+                    estimate.grad[name].square().sum().item()
+                seconds.append(time.monotonic() - started)
+                queries = estimate.queries
+            plan, _ = self._plan(0, plans)
+        return {
+            "rung": choice.rung,
+            "reason": choice.reason,
+            "memory_bytes": peak_bytes(self.device) + self._optimizer_bytes(),
+            "queries_per_second": queries / min(seconds[1:]),
+            "queries_per_step": queries,
+            "rows": self.batch_size,
+            "directions": plan.directions,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trainable": sum(p.numel() for p in self.engine.params.values()),
+            "steps": self._planned(),
+        }
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step: a pure function of (seed, epoch, step)."""
+        per_epoch = len(self.data.train) // self.batch_size
+        epoch, place = divmod(step, per_epoch)
+        order = self._order(epoch)
+        index = order[place * self.batch_size : (place + 1) * self.batch_size]
+        return self.data.train.batch(index).to(self.device)
+
+    def _order(self, epoch: int) -> Tensor:
+        if getattr(self, "_ordered", (None,))[0] != epoch:
+            key = self.key.fold("data").fold(epoch)
+            self._ordered = (epoch, key.permutation(len(self.data.train)))
+        return self._ordered[1]
+
+    def _estimate(self, step: int, state: Any, plans: Any) -> tuple[Estimate, Any, Any]:
+        key = self.key.fold("step").fold(step)
+        oracle = ModelOracle(self.engine, self.batch(step), key.fold("dropout"))
+        plan, plans = self._plan(step, plans)
+        estimate, state = self.estimator.estimate(
+            oracle, oracle.params, state, key=key, plan=plan.to(self.device)
+        )
+        if not torch.isfinite(estimate.loss):
+            raise NonFiniteError(
+                f"step {step + 1}: the loss is {float(estimate.loss)}; lower the learning rate."
+            )
+        return estimate, state, plans
+
+    def _plan(self, step: int, state: Any) -> tuple[Plan, Any]:
+        key = self.key.fold("plan").fold(step)
+        return self.allocator.allocate(self.batch_size, {}, state, key=key)
+
+    @torch.no_grad()
+    def _update(self, estimate: Estimate) -> float:
+        """One tensor at a time, so that one dense gradient is alive at once."""
+        square_norm = 0.0
+        for name, parameter in self.engine.params.items():
+            grad = estimate.grad[name]
+            square = float(grad.double().square().sum())
+            if not math.isfinite(square):
+                raise NonFiniteError(
+                    f"the gradient of {name} is not finite; lower the learning rate or raise sigma."
+                )
+            square_norm += square
+            parameter.grad = grad.to(parameter.dtype)
+            self.optimizer.step()
+            parameter.grad = None
+        if self.schedule is not None:
+            self.schedule.step()
+        return square_norm
+
+    def _planned(self) -> int:
+        if self.steps is not None:
+            return self.steps
+        plan, _ = self._plan(0, self.allocator.init())
+        assert self.budget is not None
+        return self.budget // self.estimator.traits.queries(plan)
+
+    def _choose(self) -> Any:
+        if self.engine.choice is None:
+            with forbid_backward(), torch.inference_mode():
+                self.engine.choose(self.batch(0), self.key.fold("dropout"))
+        return self.engine.choice
+
+    def _check_parts(self) -> None:
+        oracle = ModelOracle(self.engine, Batch((), torch.zeros(1)))
+        require(oracle, self.estimator.traits.needs, type(self.estimator).__name__)
+        unknown = sorted(self.allocator.signals)
+        if unknown:
+            raise UsageError(
+                f"{type(self.allocator).__name__} reads the signal {unknown[0]!r}, which the "
+                "trainer does not measure."
+            )
+        if self._planned() < 1:
+            plan, _ = self._plan(0, self.allocator.init())
+            raise UsageError(
+                f"Trainer(queries={self.budget}) is less than one step, which takes "
+                f"{self.estimator.traits.queries(plan)} queries."
+            )
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        missed = [name for name, p in self.engine.params.items() if id(p) not in trained]
+        if missed:
+            raise UsageError(
+                f"the optimizer does not hold {missed[0]}, which requires a gradient; give it all "
+                "trainable parameters, or set requires_grad to False."
+            )
+
+    def _mode(self, training: bool) -> Any:
+        return _training(self.model, training)
+
+    def _meta(self) -> dict[str, Any]:
+        plan, _ = self._plan(0, self.allocator.init())
+        choice = self._choose()
+        return {
+            "steps": self._planned(),
+            "queries": self._planned() * self.estimator.traits.queries(plan),
+            "rows": self.batch_size,
+            "parameters": sum(p.numel() for p in self.engine.params.values()),
+            "rung": choice.rung,
+            "reason": choice.reason,
+        }
+
+    def _evaluated(self, step: int, spent: int, begun: float) -> dict[str, float]:
+        scores = self.evaluate()
+        record = {f"eval.{name}": value for name, value in scores.items()}
+        self._log(step, spent, begun, record)
+        return scores
+
+    def _log(self, step: int, spent: int, begun: float, record: Mapping[str, Any]) -> None:
+        head = {"step": step, "queries": spent, "seconds": time.monotonic() - begun}
+        self._tell("log", {**head, **record})
+
+    def _tell(self, event: str, message: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            getattr(sink, event)(message)
+
+    def _weights_bytes(self) -> int:
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _optimizer_bytes(self) -> int:
+        """What the optimizer will keep, found on a parameter of one number."""
+        probe = nn.Parameter(torch.zeros(1))
+        probe.grad = torch.ones(1)
+        settings = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
+        twin = type(self.optimizer)([{"params": [probe], **settings}], lr=settings["lr"])
+        twin.step()
+        kept = sum(
+            1 for v in twin.state[probe].values() if isinstance(v, Tensor) and v.shape == (1,)
+        )
+        return kept * sum(p.numel() * p.element_size() for p in self.engine.params.values())
+
+
+class _training:
+    """Puts a model into training or evaluation mode, and each of its modules back afterwards."""
+
+    def __init__(self, model: nn.Module, training: bool) -> None:
+        self.model, self.training = model, training
+
+    def __enter__(self) -> None:
+        self.before = [(module, module.training) for module in self.model.modules()]
+        self.model.train(self.training)
+
+    def __exit__(self, *error: object) -> None:
+        for module, training in self.before:
+            module.training = training
