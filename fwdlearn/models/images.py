@@ -30,6 +30,7 @@ class ImageProcessor:
         std: of each channel, divided by afterwards.
         channels: of the model; grey images are repeated to fill them.
         resampling: `nearest`, `bilinear` or `bicubic`.
+        dtype: of the model's weights, and so of what it is given.
     """
 
     size: tuple[int, int] | None
@@ -38,6 +39,7 @@ class ImageProcessor:
     std: Sequence[float] = (0.5, 0.5, 0.5)
     channels: int = 3
     resampling: str = "bilinear"
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, images: Tensor) -> Mapping[str, Tensor]:
         """Maps float32 [rows, channels, height, width], 0 to 1, to `pixel_values`."""
@@ -58,7 +60,7 @@ class ImageProcessor:
             images = self._resized(images, self.size)
         mean = torch.tensor(self.mean).view(-1, 1, 1)
         std = torch.tensor(self.std).view(-1, 1, 1)
-        return {"pixel_values": (images - mean) / std}
+        return {"pixel_values": ((images - mean) / std).to(self.dtype)}
 
     def _resized(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         if tuple(images.shape[2:]) == size:

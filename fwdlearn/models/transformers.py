@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,7 +94,7 @@ def transformers(
         known = inspect.signature(module.forward).parameters
         names = [name for name in tokenizer.model_input_names if name in known]
         tokenizer.model_input_names = names
-    processor = tokenizer if tokenizer is not None else _image_processor(Path(source), config)
+    processor = tokenizer if tokenizer is not None else _image_processor(Path(source), module)
 
     def save(target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
@@ -146,14 +147,15 @@ def _tokenizer(library: Any, source: str, config: Any) -> Any:
     return tokenizer
 
 
-def _image_processor(folder: Path, config: Any) -> ImageProcessor:
+def _image_processor(folder: Path, module: Any) -> ImageProcessor:
     file = folder / "preprocessor_config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise UsageError(f"{file}: not JSON ({error}); restore the file or remove it.") from error
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
-    return ImageProcessor.from_config(settings, size, channels)
+    size = getattr(module.config, "image_size", None)
+    channels = getattr(module.config, "num_channels", 3)
+    return replace(ImageProcessor.from_config(settings, size, channels), dtype=module.dtype)
 
 
 def _on_hub(path: str) -> str:

@@ -175,6 +175,10 @@ def test_image_model_resizes_and_saves(vit_folder: Path, tmp_path: Path) -> None
     assert built.save is not None
     built.save(tmp_path / "saved")
     assert torch.equal(logits(transformers(IMAGES, tmp_path / "saved", seed=9), data, 5), out)
+    half = transformers(IMAGES, vit_folder, dtype="bfloat16")
+    rows = data.prepared(half.processor).train.batch(torch.arange(5))
+    assert rows.kwargs["pixel_values"].dtype == torch.bfloat16
+    assert logits(half, data, 5).isfinite().all()
 
 
 def test_image_processor_follows_the_configuration() -> None:
