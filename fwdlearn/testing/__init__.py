@@ -1,1 +1,42 @@
+"""Checks for estimators and allocators of anyone, and problems with known gradients.
 
+`check_estimator(MyEstimator)` returns a report; none of this needs pytest.
+"""
+
+from __future__ import annotations
+
+from fwdlearn.testing.conformance import (
+    check,
+    check_allocator,
+    check_estimator,
+    parametrize_with_checks,
+)
+from fwdlearn.testing.oracles import (
+    Asked,
+    FunctionOracle,
+    SlopeFunctionOracle,
+    loss_oracle,
+    slope_oracle,
+)
+from fwdlearn.testing.problems import MLP, Linear, Logistic, Problem, Quadratic
+from fwdlearn.testing.report import Figure, Report, Result
+
+__all__ = [
+    "MLP",
+    "Asked",
+    "Figure",
+    "FunctionOracle",
+    "Linear",
+    "Logistic",
+    "Problem",
+    "Quadratic",
+    "Report",
+    "Result",
+    "SlopeFunctionOracle",
+    "check",
+    "check_allocator",
+    "check_estimator",
+    "loss_oracle",
+    "parametrize_with_checks",
+    "slope_oracle",
+]

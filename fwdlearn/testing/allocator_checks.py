@@ -1,0 +1,271 @@
+"""What every allocator must keep, one small function each.
+
+Signals come from a mapping that answers to every name and remembers which ones were read, so that
+a fault shows in the check that looks for it and not in all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fwdlearn.allocator import Allocator, Plan
+from fwdlearn.directions import Directions
+from fwdlearn.keys import Key
+from fwdlearn.testing.estimator_checks import ROOT, GlobalDraws, plain
+from fwdlearn.testing.estimator_statistics import SMALL, mean_figure
+from fwdlearn.testing.problems import Linear, flatten, numbers
+from fwdlearn.testing.report import Figure, NotApplicable, Suite, disturb, generator_states
+from fwdlearn.testing.settings import fresh, frozen_figure, settings_of, survival_figure
+
+BATCHES = (7, 1, 2, 64, 3)
+MEAN_REPEATS = 300
+
+
+class Signals(Mapping[str, Tensor]):
+    """Positive float64 [rows] for every name; remembers the names that were read."""
+
+    def __init__(self, rows: int, key: Key, make: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.read: set[str] = set()
+        self._rows, self._key, self._make = rows, key, make
+        self._given: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        if name not in self._given:
+            values = numbers(self._key.fold(name), self._rows).square() + 0.01
+            self._given[name] = values if self._make is None else self._make(values)
+        return self._given[name]
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+
+@dataclass
+class AllocatorCase:
+    """An allocator under test."""
+
+    allocator: Allocator
+
+    def ask(
+        self,
+        rows: int,
+        key: Key = ROOT,
+        *,
+        allocator: Allocator | None = None,
+        signals: Signals | None = None,
+        **state: Any,
+    ) -> tuple[Plan, Any]:
+        """One call from an odd state of the global generators."""
+        disturb()
+        allocator = allocator or fresh(self.allocator)
+        signals = signals or Signals(rows, key.fold("signals"))
+        before = state["state"] if "state" in state else allocator.init()
+        return allocator.allocate(rows, signals, before, key=key)
+
+
+ALLOCATOR_CHECKS: Suite[AllocatorCase] = Suite()
+_check = ALLOCATOR_CHECKS.check
+
+
+def _steps(case: AllocatorCase) -> Iterator[tuple[int, Plan]]:
+    """Plans of batches of several sizes, with the state going from one to the next."""
+    allocator = fresh(case.allocator)
+    state = allocator.init()
+    for step, rows in enumerate(BATCHES):
+        plan, state = case.ask(rows, ROOT.fold(step), allocator=allocator, state=state)
+        yield rows, plan
+
+
+def _differing(left: Plan, right: Plan) -> int:
+    names = ("counts", "row", "direction", "weight")
+    return sum(not torch.equal(getattr(left, name), getattr(right, name)) for name in names)
+
+
+# contract
+
+
+@_check("contract")
+def counts_are_whole_and_positive(case: AllocatorCase) -> Figure:
+    """int64, one count a row, at least 1, for batches of every size."""
+    wrong = 0
+    for rows, plan in _steps(case):
+        counts = plan.counts
+        wrong += counts.dtype != torch.int64 or counts.shape != (rows,) or int(counts.min()) < 1
+    return Figure("plans of another form:", wrong)
+
+
+@_check("contract")
+def counts_sum_to_budget(case: AllocatorCase) -> Figure:
+    """The counts of a plan sum to rows * directions exactly."""
+    worst = 0
+    for rows, plan in _steps(case):
+        worst = max(worst, abs(int(plan.counts.sum()) - rows * case.allocator.directions))
+    return Figure("directions beyond or below the budget:", worst)
+
+
+@_check("contract")
+def directions_have_no_gaps(case: AllocatorCase) -> Figure:
+    """The directions are 0, ..., `plan.directions` - 1, and no row gets one of them twice."""
+    wrong = 0
+    for _, plan in _steps(case):
+        wrong += plan.direction.unique().tolist() != list(range(plan.directions))
+        pairs = torch.stack((plan.row, plan.direction), 1)
+        wrong += len(pairs.unique(dim=0)) != len(pairs)
+    return Figure("plans with gaps or repetitions:", wrong)
+
+
+@_check("contract")
+def weights_follow_counts(case: AllocatorCase) -> Figure:
+    """Weights are 1 / (rows * count of the row), so they sum to 1."""
+    worst = 0.0
+    for rows, plan in _steps(case):
+        count = torch.bincount(plan.row, minlength=rows)
+        exact = 1 / (rows * count[plan.row].double())
+        worst = max(worst, float((plan.weight / exact - 1).abs().max()))
+        worst = max(worst, abs(float(plan.weight.sum()) - 1))
+    return Figure("relative error of a weight", worst, 1e-12)
+
+
+@_check("contract")
+def settings_survive(case: AllocatorCase) -> Figure:
+    """eval(repr), pickle and dataclasses.replace give an equal object."""
+    return survival_figure(case.allocator)
+
+
+@_check("contract")
+def settings_are_frozen(case: AllocatorCase) -> Figure:
+    """The class is a frozen dataclass."""
+    return frozen_figure(case.allocator)
+
+
+@_check("contract")
+def only_declared_signals_are_read(case: AllocatorCase) -> Figure:
+    """It reads no signal that `signals` does not name."""
+    allocator, read = fresh(case.allocator), set()
+    state = allocator.init()
+    for step, rows in enumerate(BATCHES):
+        signals = Signals(rows, ROOT.fold(step))
+        key = ROOT.fold(step)
+        _, state = case.ask(rows, key, allocator=allocator, signals=signals, state=state)
+        read |= signals.read
+    extra = sorted(read - set(case.allocator.signals))
+    return Figure(" ".join(["signals read but not declared:", *extra]), len(extra))
+
+
+# purity
+
+
+@_check("purity")
+def settings_unchanged(case: AllocatorCase) -> Figure:
+    """Allocating leaves the settings as they were."""
+    allocator = fresh(case.allocator)
+    before = settings_of(allocator)
+    case.ask(7, allocator=allocator)
+    after = settings_of(allocator)
+    return Figure("settings that changed:", sum(before[name] != after[name] for name in before))
+
+
+@_check("purity")
+def signals_unchanged(case: AllocatorCase) -> Figure:
+    """Allocating leaves the signals as they were."""
+    signals, same = Signals(7, ROOT), Signals(7, ROOT)
+    case.ask(7, signals=signals)
+    changed = sum(not torch.equal(signals[name], same[name]) for name in sorted(signals.read))
+    return Figure("signals that changed:", changed)
+
+
+@_check("purity")
+def global_generators_untouched(case: AllocatorCase) -> Figure:
+    """torch's, numpy's and Python's generators are neither moved, nor read, nor restored."""
+    moved, plans = 0, []
+    with GlobalDraws() as draws:
+        for number in (11, 12):
+            allocator, signals = fresh(case.allocator), Signals(7, ROOT)
+            disturb(number)
+            before = generator_states()
+            plans.append(allocator.allocate(7, signals, allocator.init(), key=ROOT)[0])
+            moved += generator_states() != before
+    return Figure("signs of use:", moved + draws.count + _differing(*plans))
+
+
+@_check("purity")
+def same_key_same_plan(case: AllocatorCase) -> Figure:
+    """The same key gives the same plan: from a new object, and from one that has been used."""
+    allocator = fresh(case.allocator)
+    first, _ = case.ask(7)
+    changed = _differing(first, case.ask(7)[0])
+    for key in (ROOT, ROOT.fold(1), ROOT):
+        plan, _ = case.ask(7, key, allocator=allocator, signals=Signals(7, ROOT.fold("signals")))
+        if key == ROOT:
+            changed += _differing(first, plan)
+    return Figure("tensors that changed:", changed)
+
+
+@_check("purity")
+def state_survives(case: AllocatorCase) -> Figure:
+    """State is data: pickled and restored it gives the same next plan, and no step alters it."""
+    lost = 0
+    _, state = case.ask(7)
+    for step in range(1, 3):
+        before = copy.deepcopy(state)
+        restored = pickle.loads(pickle.dumps(state))
+        answers = [case.ask(7, ROOT.fold(step), state=kept) for kept in (state, restored)]
+        lost += _differing(answers[0][0], answers[1][0])
+        lost += pickle.dumps(plain(before)) != pickle.dumps(plain(state))
+        state = answers[0][1]
+    return Figure("tensors that differ after restoring, and states altered:", lost)
+
+
+# statistical
+
+
+@_check("statistical")
+def mean_is_unchanged(case: AllocatorCase) -> Figure:
+    """The mean of an estimate under its plans is the gradient of the mean loss: z-test on a linear
+    loss whose rows disagree, with exact slopes, and signals that tell how large each row's is."""
+    rows = 5
+    problem = Linear.random(ROOT.fold("allocated"), rows, SMALL)
+    slopes = flatten(problem.gradients()) * (1 + torch.arange(rows).double()).unsqueeze(1)
+    allocator = fresh(case.allocator)
+    state, grads = allocator.init(), []
+    for repeat in range(MEAN_REPEATS):
+        key = Key(repeat, ROOT.high)
+        signals = Signals(rows, key, lambda values: values * slopes.norm(dim=1))
+        plan, state = allocator.allocate(rows, signals, state, key=key.fold("plan"))
+        family = Directions(key.fold("directions"), problem.params, plan.directions)
+        z = flatten({name: family.dense(name, plan.direction) for name in problem.params})
+        grads.append((plan.weight * (slopes[plan.row] * z).sum(1)) @ z)
+    return mean_figure(torch.stack(grads), slopes.mean(0))
+
+
+# errors
+
+
+@_check("errors")
+def odd_signals_give_a_plan(case: AllocatorCase) -> Figure:
+    """Signals that are all zero, all equal, or zero but for one huge entry, give a plan whose
+    counts are positive and sum to the budget."""
+    if not case.allocator.signals:
+        raise NotApplicable("it reads no signals")
+
+    def single(values: Tensor) -> Tensor:
+        return torch.zeros_like(values).index_fill_(0, torch.tensor([1]), 1e30)
+
+    wrong = 0
+    for make in (torch.zeros_like, torch.ones_like, single):
+        plan, _ = case.ask(7, signals=Signals(7, ROOT, make))
+        wrong += int(plan.counts.sum()) != 7 * case.allocator.directions
+    return Figure("plans beyond or below the budget:", wrong)

@@ -1,0 +1,132 @@
+"""Oracles over plain functions: they count, and remember what they were asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fwdlearn.directions import Directions
+from fwdlearn.errors import UsageError
+from fwdlearn.testing.problems import Problem
+
+RowFunction = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One block of queries.
+
+    Args:
+        row: int64 [queries].
+        directions: the family, or None for the unperturbed point.
+        direction: int64 [queries], or None.
+        scale: float64 [queries]; 0 where slopes were asked for.
+    """
+
+    row: Tensor
+    directions: Directions | None
+    direction: Tensor | None
+    scale: Tensor
+
+
+class FunctionOracle:
+    """A LossOracle over any per-row function.
+
+    Args:
+        function: (name -> [queries, *shape], row int64 [queries]) -> losses [queries].
+        params: name -> tensor. They are read at every question, so that whoever writes on them
+            changes the answers.
+        rows: rows of the batch.
+        alter: sees each block and its answers ([queries] losses or slopes) and returns the
+            answers to give; raises to make the oracle fail.
+
+    Attributes:
+        asked: every block, in order.
+
+    Example:
+        >>> params = {"w": torch.ones(2, dtype=torch.float64)}
+        >>> oracle = FunctionOracle(lambda values, row: values["w"].sum(1) + row, params, rows=3)
+        >>> oracle.losses(torch.tensor([0, 2])).tolist(), oracle.queries
+        ([2.0, 4.0], 2)
+    """
+
+    def __init__(
+        self,
+        function: RowFunction,
+        params: Mapping[str, Tensor],
+        rows: int,
+        *,
+        alter: Callable[[Asked, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.params, self.rows, self.queries = params, rows, 0
+        self.asked: list[Asked] = []
+        self._function, self._alter = function, alter
+
+    def losses(
+        self,
+        row: Tensor,
+        directions: Directions | None = None,
+        direction: Tensor | None = None,
+        scale: Tensor | float = 0.0,
+    ) -> Tensor:
+        scales = torch.as_tensor(scale, dtype=torch.float64).expand(len(row))
+        asked = self._record(row, directions, direction, scales)
+        values = {}
+        for name, value in self.params.items():
+            values[name] = value.expand(len(row), *value.shape)
+            if directions is not None and direction is not None:
+                step = scales.to(value.dtype).reshape(-1, *[1] * value.dim())
+                values[name] = values[name] + step * directions.dense(name, direction)
+        return self._answer(asked, self._function(values, row))
+
+    def _record(
+        self, row: Tensor, directions: Directions | None, direction: Tensor | None, scale: Tensor
+    ) -> Asked:
+        if (directions is None) != (direction is None):
+            raise UsageError("losses() needs both a family of directions and their numbers.")
+        if row.dtype != torch.int64 or row.dim() != 1:
+            raise UsageError(f"row must be int64 [queries], got {row.dtype} {tuple(row.shape)}.")
+        if direction is not None and direction.shape != row.shape:
+            raise UsageError(
+                f"direction must have one entry a query, got {tuple(direction.shape)} for "
+                f"{len(row)} queries."
+            )
+        asked = Asked(row, directions, direction, scale)
+        self.asked.append(asked)
+        self.queries += len(row)
+        return asked
+
+    def _answer(self, asked: Asked, answer: Tensor) -> Tensor:
+        double = any(value.dtype == torch.float64 for value in self.params.values())
+        answer = answer.to(torch.float64 if double else torch.float32)
+        return answer if self._alter is None else self._alter(asked, answer)
+
+
+class SlopeFunctionOracle(FunctionOracle):
+    """A SlopeOracle over any per-row function that forward-mode derivatives can pass."""
+
+    def slopes(
+        self, row: Tensor, directions: Directions, direction: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        asked = self._record(row, directions, direction, torch.zeros(len(row)).double())
+        values = {n: v.expand(len(row), *v.shape) for n, v in self.params.items()}
+        tangents = {name: directions.dense(name, direction) for name in self.params}
+        losses, slopes = torch.func.jvp(lambda v: self._function(v, row), (values,), (tangents,))
+        return self._answer(asked, losses), self._answer(asked, slopes)
+
+
+def loss_oracle(problem: Problem) -> FunctionOracle:
+    """A LossOracle over a problem, on its own copy of the parameters."""
+    return FunctionOracle(problem.losses, _copy(problem), problem.rows)
+
+
+def slope_oracle(problem: Problem) -> SlopeFunctionOracle:
+    """A SlopeOracle over a problem, on its own copy of the parameters."""
+    return SlopeFunctionOracle(problem.losses, _copy(problem), problem.rows)
+
+
+def _copy(problem: Problem) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in problem.params.items()}
