@@ -1,0 +1,50 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+COPY := build/copy
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: train test test-all lint format clean
+
+# The first minute: a network learns handwritten digits by forward passes alone.
+train: $(VENV)/train
+	$(BIN)/fwdlearn train quickstart
+
+test: $(VENV)/dev
+	WANDB_MODE=offline $(BIN)/python -m pytest
+
+# With the tests that take minutes.
+test-all: $(VENV)/dev
+	WANDB_MODE=offline $(BIN)/python -m pytest -m "slow or not slow"
+
+# Types and docstring examples are checked on an installed copy: in a checkout the mapped folders
+# are not where an import looks for them.
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(COPY) build/lib build/bdist*
+	$(PIP) --no-deps --target $(COPY) .
+	cd $(COPY) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/setup.cfg -p fwdlearn
+	cd $(COPY) && PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q -c $(CURDIR)/setup.cfg \
+		--rootdir . --doctest-modules fwdlearn
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# Torch goes first and alone, so that nothing else can choose another build of it.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy
+	touch $@
+
+$(VENV)/train: $(VENV)/torch setup.cfg
+	$(PIP) -e ".[data]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/torch setup.cfg
+	$(PIP) -e ".[dev]"
+	touch $@
