@@ -158,15 +158,16 @@ def _allocator_cases(target: Any) -> list[tuple[Any, Any]]:
 def _instances(target: Any, kind: type[Any], who: str) -> list[Any]:
     if isinstance(target, kind):
         return [target]
+    found: Any = target
     base = f"{kind.__module__}.{kind.__name__}"
     if not isinstance(target, type) or not issubclass(target, kind):
         raise UsageError(
             f"{who} needs a subclass of {base} or an instance of one, got {_named(target)}."
         )
     if inspect.isabstract(target):
-        missing = ", ".join(sorted(target.__abstractmethods__))
+        missing = ", ".join(sorted(found.__abstractmethods__))
         raise UsageError(f"{target.__name__} is abstract: it does not define {missing}.")
-    instances = list(target.examples())
+    instances = list(found.examples())
     if not instances or not all(isinstance(one, target) for one in instances):
         raise UsageError(
             f"{target.__name__}.examples() must return instances of {target.__name__}, the "

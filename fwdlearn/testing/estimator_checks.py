@@ -86,7 +86,7 @@ class EstimatorCase:
     ) -> Answer:
         """One call from an odd state of the global generators; each gradient is asked for once."""
         disturb()
-        estimator = estimator or fresh(self.estimator)
+        estimator = fresh(self.estimator) if estimator is None else estimator
         return self.ask_on(problem, plan, key, estimator, oracle, alter, **state)
 
     def ask_on(
@@ -100,7 +100,7 @@ class EstimatorCase:
         **state: Any,
     ) -> Answer:
         """One call that leaves the global generators as they are."""
-        oracle = oracle or self.oracle(problem, alter)
+        oracle = self.oracle(problem, alter) if oracle is None else oracle
         with torch.no_grad():
             before = state["state"] if "state" in state else estimator.init(oracle.params)
             estimate, after = estimator.estimate(oracle, oracle.params, before, key=key, plan=plan)

@@ -114,8 +114,8 @@ class SlopeFunctionOracle(FunctionOracle):
         asked = self._record(row, directions, direction, torch.zeros(len(row)).double())
         values = {n: v.expand(len(row), *v.shape) for n, v in self.params.items()}
         tangents = {name: directions.dense(name, direction) for name in self.params}
-        losses, slopes = torch.func.jvp(lambda v: self._function(v, row), (values,), (tangents,))
-        return self._answer(asked, losses), self._answer(asked, slopes)
+        answers = torch.func.jvp(lambda v: self._function(v, row), (values,), (tangents,))
+        return self._answer(asked, answers[0]), self._answer(asked, answers[1])
 
 
 def loss_oracle(problem: Problem) -> FunctionOracle:

@@ -163,7 +163,8 @@ _ODD = 902_107
 
 def disturb(number: int = 0) -> None:
     """Puts torch's, numpy's and Python's global generators in an odd state."""
-    torch.manual_seed(_ODD + number)
+    # Not torch.manual_seed, which reaches for accelerators too.
+    torch.default_generator.manual_seed(_ODD + number)
     np.random.seed(_ODD + number + 1)
     random.seed(_ODD + number + 2)
 
