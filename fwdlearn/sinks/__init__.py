@@ -1,0 +1,30 @@
+"""Where a run reports to: files, the terminal, wandb, tensorboard.
+
+A sink is any object with these three methods; `Background` keeps one from disturbing the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+Record = Mapping[str, Any]
+"""Flat names -> numbers: `step`, `train.loss`, `snr`, ...; an evaluation adds `eval.loss`, ..."""
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Receives what happens in a run, in order, from the thread that trains."""
+
+    def start(self, meta: Record) -> None:
+        """Before the first step.
+
+        Args:
+            meta: steps and queries planned, rows of a step, parameters, rung, reason.
+        """
+
+    def log(self, record: Record) -> None:
+        """Every few steps, and after each evaluation."""
+
+    def finish(self, summary: Record) -> None:
+        """After the last step, also when the run failed; `summary["status"]` tells."""
