@@ -1,0 +1,151 @@
+"""From a checked recipe to a trainer, with every failure at the section that caused it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fwdlearn.allocator import Plan
+from fwdlearn.data import Data
+from fwdlearn.errors import FwdlearnError, MissingError, UsageError
+from fwdlearn.models import Built
+from fwdlearn.recipe.component import Component
+from fwdlearn.recipe.load import Recipe
+from fwdlearn.recipe.source import Problem
+from fwdlearn.sinks import Sink
+from fwdlearn.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A trainer and what it was made of."""
+
+    trainer: Trainer
+    built: Built
+    data: Data
+
+
+def build(recipe: Recipe, sinks: Sequence[Sink] = ()) -> Trainer:
+    """The trainer that a recipe describes.
+
+    Args:
+        recipe: from `load_recipe`.
+        sinks: where the run reports to; a recipe's own tracking belongs to `run.train`.
+
+    Raises:
+        RecipeError: a part cannot be made, or does not fit the others.
+        MissingError: data, a model or a package is not there.
+    """
+    return assemble(recipe, sinks).trainer
+
+
+def assemble(recipe: Recipe, sinks: Sequence[Sink] = ()) -> Assembly:
+    """The same, with the model and the data beside the trainer."""
+    parts = recipe.components
+    device = device_of(recipe)
+    data, built = load_parts(recipe)
+    module = built.module.to(device)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    made: dict[str, Any] = {}
+    for name in ("objective", "estimator", "allocator"):
+        with blaming(recipe, parts[name]):
+            made[name] = parts[name]() if name != "objective" else _objective(parts[name])
+    with blaming(recipe, parts["optimizer"]):
+        optimizer = parts["optimizer"](params=parameters)
+    schedule = None
+    if "optimizer.schedule" in parts:
+        steps = _steps(recipe, made["estimator"], made["allocator"], len(data.train))
+        with blaming(recipe, parts["optimizer.schedule"]):
+            schedule = parts["optimizer.schedule"](
+                optimizer=optimizer, T_max=steps, total_steps=steps, total_iters=steps
+            )
+    settings = recipe.trainer.model_dump() | {"device": device, "seed": recipe.seed}
+    try:
+        trainer = Trainer(
+            module,
+            data,
+            made["objective"],
+            made["estimator"],
+            made["allocator"],
+            optimizer,
+            schedule=schedule,
+            sinks=sinks,
+            **settings,
+        )
+    except (UsageError, MissingError, ValueError, TypeError) as error:
+        raise recipe.error([_blame_trainer(error, recipe)]) from error
+    return Assembly(trainer, built, data)
+
+
+def load_parts(recipe: Recipe) -> tuple[Data, Built]:
+    """The data, prepared for the model, and the model with its first weights."""
+    parts = recipe.components
+    with blaming(recipe, parts["data"]):
+        data = parts["data"]()
+    with blaming(recipe, parts["model"]), torch.random.fork_rng(devices=[]):
+        # For models that know nothing of seeds; ours draw from their own.
+        torch.default_generator.manual_seed(recipe.seed)
+        made = parts["model"](info=data.info, seed=recipe.seed)
+        built = made if isinstance(made, Built) else Built(made)
+        if not isinstance(built.module, nn.Module):
+            raise TypeError(f"must give an nn.Module, got {type(built.module).__name__}")
+    with blaming(recipe, parts["data"]):
+        return data.prepared(built.processor), built
+
+
+def device_of(recipe: Recipe) -> str:
+    """The device that `trainer.device` names, `auto` decided."""
+    if recipe.trainer.device != "auto":
+        return recipe.trainer.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def blaming(recipe: Recipe, component: Component) -> Iterator[None]:
+    """Inside, errors that a component can be blamed for name its place in the recipe."""
+    try:
+        yield
+    except (MissingError, UsageError, ValueError, TypeError, OSError, RuntimeError) as error:
+        if isinstance(error, FwdlearnError) and not isinstance(error, MissingError | UsageError):
+            raise
+        problem = component.blame(error)
+        raise recipe.error([problem]) from error
+
+
+def _objective(component: Component) -> Any:
+    """A class is instantiated; a function of (output, targets) is bound to its settings."""
+    if isinstance(component.factory, type):
+        return component()
+    if not component.arguments:
+        return component.factory
+    from functools import partial
+
+    return partial(component.factory, **component.arguments)
+
+
+def _steps(recipe: Recipe, estimator: Any, allocator: Any, rows: int) -> int:
+    """How many steps the run takes."""
+    if recipe.trainer.steps is not None:
+        return recipe.trainer.steps
+    plan = Plan.uniform(min(recipe.trainer.batch_size, rows), allocator.directions)
+    return max(1, (recipe.trainer.queries or 0) // estimator.traits.queries(plan))
+
+
+def _blame_trainer(error: Exception, recipe: Recipe) -> Problem:
+    """The section that an error of the trainer's construction speaks of."""
+    message = str(error)
+    missing = isinstance(error, MissingError)
+    for name in type(recipe.trainer).model_fields:
+        if f"({name}=" in message or message.startswith(f"{name} "):
+            return Problem(("trainer", name), message, missing=missing)
+    sections: Mapping[str, Component] = recipe.components
+    for component in sections.values():
+        words = {component.name, component.target.rpartition(":")[2]}
+        if any(word in message for word in words):
+            return Problem((*component.path, "name"), message, missing=missing)
+    return Problem(("trainer",), message, "key", missing=missing)

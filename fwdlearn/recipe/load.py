@@ -1,0 +1,175 @@
+"""A recipe from text to checked components, with every problem told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fwdlearn.errors import MissingError, RecipeError
+from fwdlearn.recipe.component import Component, bind, check_form
+from fwdlearn.recipe.locate import COMPONENTS, read, recipe_name
+from fwdlearn.recipe.schema import Fixed, OutputSection, TrainerSection, check_fixed
+from fwdlearn.recipe.source import Path, Problem, Source, dotted
+from fwdlearn.recipe.text import dump
+from fwdlearn.registry import entries, suggest
+
+DEFAULTS = {"objective": "cross_entropy", "allocator": "Uniform"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe without problems.
+
+    Args:
+        name: what the run is called.
+        source: its text, and where each key stands.
+        components: model, data, objective, estimator, allocator, optimizer and perhaps
+            optimizer.schedule.
+        sinks: tracking, in the order asked for.
+        fixed: the other sections.
+    """
+
+    name: str
+    source: Source
+    components: Mapping[str, Component]
+    sinks: tuple[Component, ...]
+    fixed: Fixed
+
+    @property
+    def trainer(self) -> TrainerSection:
+        return self.fixed.trainer
+
+    @property
+    def output(self) -> OutputSection:
+        return self.fixed.output
+
+    @property
+    def seed(self) -> int:
+        return self.fixed.seed
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain values."""
+        sections = {
+            name: {"name": component.name, **component.settings}
+            for name, component in self.components.items()
+        }
+        schedule = sections.pop("optimizer.schedule", None)
+        if schedule is not None:
+            sections["optimizer"]["schedule"] = schedule
+        return {
+            **sections,
+            "trainer": self.trainer.model_dump(),
+            "output": self.output.model_dump(),
+            "tracking": {sink.name: sink.settings for sink in self.sinks},
+            "seed": self.seed,
+        }
+
+    def to_yaml(self) -> str:
+        """`resolved` as a recipe that loads to the same."""
+        return dump(self.resolved())
+
+    def error(self, problems: Sequence[Problem]) -> RecipeError | MissingError:
+        """The problems as one error."""
+        return _error(self.source, problems)
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    The text, the fixed sections and the names are checked first, without importing torch; the
+    arguments of components then need their signatures, and so their modules.
+
+    Args:
+        recipe: a file, or the name of a shipped recipe.
+        overrides: `key=value` (dotted keys) to set, `~key` to remove.
+
+    Raises:
+        RecipeError: with all problems, one line each.
+        MissingError: the same, when all that is wrong is a file or package that is not there.
+    """
+    source, problems = read(recipe, overrides)
+    if any(problem.path == () for problem in problems):
+        raise _error(source, problems)
+    fixed, more = check_fixed(source.data)
+    problems += more
+    sections, more = _sections(source.data)
+    form = [
+        problem
+        for kind, path, name, given in sections
+        for problem in check_form(kind, path, name, given)
+    ]
+    if fixed is None or problems or more:
+        raise _error(source, [*problems, *more, *form])
+
+    from fwdlearn.recipe.checks import check_together  # imports torch
+
+    components: dict[str, Component] = {}
+    sinks: list[Component] = []
+    for kind, path, name, given in sections:
+        component, more = bind(kind, path, name, given)
+        problems += more
+        if component is None:
+            continue
+        if kind == "sink":
+            sinks.append(component)
+        else:
+            components[dotted(path)] = component
+    problems += check_together(components, sinks, fixed)
+    if problems or form:
+        raise _error(source, problems or form)
+    order = [dotted(path) for path in COMPONENTS if dotted(path) in components]
+    ordered = {name: components[name] for name in order}
+    return Recipe(recipe_name(recipe), source, ordered, tuple(sinks), fixed)
+
+
+Section = tuple[str, Path, str, dict[str, Any]]
+
+
+def _sections(data: dict[str, Any]) -> tuple[list[Section], list[Problem]]:
+    """The component sections as (kind, path, name, arguments)."""
+    problems: list[Problem] = []
+    found: list[Section] = []
+    for path in COMPONENTS:
+        holder = data.get(str(path[0])) if len(path) == 2 else data
+        section = holder.get(str(path[-1])) if isinstance(holder, dict) else None
+        kind = str(path[-1])
+        if section is None:
+            if kind not in DEFAULTS:
+                continue
+            section = {"name": DEFAULTS[kind]}
+        if not isinstance(section, dict):
+            message = f"must be `name:` and arguments, got {section!r}"
+            problems.append(Problem(path, message))
+        elif not isinstance(section.get("name"), str):
+            state = "missing" if section.get("name") is None else "must be text"
+            names = suggest(str(section.get("name", "")), entries(kind))
+            at = Problem((*path, "name"), f"{state}; {names}", "value")
+            problems.append(at)
+        else:
+            nested = {inner[-1] for inner in COMPONENTS if inner[:-1] == path}
+            given = {k: v for k, v in section.items() if k != "name" and k not in nested}
+            found.append((kind, path, section["name"], given))
+    tracking = data.get("tracking") or {}
+    if not isinstance(tracking, dict):
+        problems.append(Problem(("tracking",), f"must be keys and values, got {tracking!r}"))
+        return found, problems
+    for name, section in tracking.items():
+        path = ("tracking", name)
+        if section is False:
+            continue
+        if name not in entries("sink") and ":" not in name:
+            way = suggest(name, entries("sink"))
+            problems.append(Problem(path, f"unknown sink; {way}", "key"))
+        elif not (section is True or section is None or isinstance(section, dict)):
+            problems.append(Problem(path, f"must be true or arguments, got {section!r}"))
+        else:
+            found.append(("sink", path, name, section if isinstance(section, dict) else {}))
+    return found, problems
+
+
+def _error(source: Source, problems: Sequence[Problem]) -> RecipeError | MissingError:
+    lines = source.lines(list(problems))
+    if all(problem.missing for problem in problems):
+        return MissingError("\n".join(lines))
+    return RecipeError(lines)
