@@ -1,0 +1,175 @@
+"""The commands. Whatever imports torch is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fwdlearn import __version__
+from fwdlearn.errors import StorageError, UsageError
+
+app = typer.Typer(
+    name="fwdlearn",
+    help="Train neural networks with forward passes only.",
+    epilog="Start with: fwdlearn train quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeWord = Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or a shipped name.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change; ~KEY removes one."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fwdlearn {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Train neural networks with forward passes only."""
+
+
+@app.command()
+def train(
+    recipe: RecipeWord,
+    overrides: Overrides = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Train a model as a recipe says."""
+    from fwdlearn.recipe.load import load_recipe
+
+    checked = load_recipe(recipe, overrides or ())
+
+    from fwdlearn.recipe.run import train as carry_out
+    from fwdlearn.sinks.console import Console
+
+    _, folder = carry_out(checked, None if quiet else Console(checked.name))
+    print(folder)
+
+
+@app.command()
+def validate(recipe: RecipeWord, overrides: Overrides = None) -> None:
+    """Check a recipe and show it with every default filled in."""
+    from fwdlearn.recipe.load import load_recipe
+
+    checked = load_recipe(recipe, overrides or ())
+    print(checked.to_yaml(), end="")
+    print(f"{recipe}: no problems", file=sys.stderr)
+
+
+@app.command()
+def ls(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="recipe, estimator, model, ...")
+    ] = None,
+) -> None:
+    """List recipes and components by name."""
+    from fwdlearn.cli.listing import listing
+
+    listing(kind)
+
+
+@app.command()
+def cp(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A new file, or a folder.")],
+) -> None:
+    """Copy a shipped recipe, to change it."""
+    from fwdlearn.recipe.locate import shipped
+    from fwdlearn.registry import suggest
+
+    recipes = shipped()
+    if name not in recipes:
+        raise UsageError(f"no shipped recipe {name!r}; {suggest(name, recipes)}")
+    target = path / f"{name}.yaml" if path.is_dir() else path
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(recipes[name])
+    except FileExistsError as error:
+        raise UsageError(f"{target} is there already; choose another name") from error
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be written: {error.strerror}") from error
+    print(target)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a run's model, on other data if an override names it."""
+    from fwdlearn.recipe.evaluate import evaluate as measure
+
+    result = measure(run, overrides or ())
+    if as_json:
+        print(json.dumps(result))
+        return
+    from fwdlearn.cli.tables import show_pairs
+
+    show_pairs(
+        str(run),
+        [
+            (key, _percent(value) if key == "accuracy" else f"{value:.4f}")
+            for key, value in result.items()
+        ],
+    )
+
+
+@app.command()
+def explain(recipe: RecipeWord, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say how a recipe would run: which rung and why, memory, queries per second."""
+    from fwdlearn.recipe.load import load_recipe
+
+    checked = load_recipe(recipe, overrides or ())
+
+    from fwdlearn.recipe.build import build
+
+    facts = build(checked).explain()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    from fwdlearn.cli.tables import explanation, show_pairs
+
+    show_pairs(checked.name, explanation(facts))
+
+
+@app.command()
+def check(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="An estimator or allocator: name or module:Class."),
+    ],
+) -> None:
+    """Check an estimator or allocator against everything that it promises."""
+    from fwdlearn.cli.checking import check as examine
+
+    raise typer.Exit(0 if examine(target) else 1)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what is missing and what stands in the way."""
+    from fwdlearn.cli.doctoring import examine
+
+    raise typer.Exit(0 if examine() else 1)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2%}"
