@@ -293,7 +293,7 @@ class Trainer:
         square_norm = 0.0
         for name, parameter in self.engine.params.items():
             grad = estimate.grad[name]
-            square = float(grad.double().square().sum())
+            square = float(torch.dot(grad.flatten(), grad.flatten()))
             if not math.isfinite(square):
                 raise NonFiniteError(
                     f"the gradient of {name} is not finite; lower the learning rate or raise sigma."

@@ -125,6 +125,8 @@ class Engine:
         dropout = dropout if self.model.training else None
         if self.wanted == "sequential":
             self._settle(Choice("sequential", "asked for"))
+        elif sequential.mixes_rows(self.model):
+            self._step_down("batch normalisation in training mode mixes the rows of the batch")
         else:
             try:
                 self._trace(batch, dropout)
