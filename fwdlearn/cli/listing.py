@@ -50,5 +50,7 @@ def _components(kind: str) -> list[tuple[str, str]]:
         ours = entry.owners[0] == "fwdlearn"
         found = None if ours and name in SUMMARIES else definition(target)
         line = found.summary if found is not None else SUMMARIES.get(name, "")
+        if found is not None and found.needs:
+            line += f" Needs {found.needs}."
         lines.append((name, line if ours else f"{line} ({entry.owners[0]})"))
     return lines

@@ -19,11 +19,13 @@ class Definition:
         parameters: argument name -> whether it is required; None when the source alone does not
             tell (`**kwargs`, an unknown base class).
         is_function: a function rather than a class.
+        needs: the oracle protocol of an estimator's traits, or "".
     """
 
     summary: str
     parameters: dict[str, bool] | None
     is_function: bool
+    needs: str = ""
 
 
 def definition(target: str) -> Definition | None:
@@ -52,7 +54,7 @@ def _find(module: str, attribute: str, hops: int) -> Definition | None:
     if found is None:
         return None
     if isinstance(found, ast.ClassDef):
-        return Definition(_first_sentence(summary), _of_class(found), is_function=False)
+        return Definition(_first_sentence(summary), _of_class(found), False, _needs(found))
     return Definition(_first_sentence(summary), _of_function(found), is_function=True)
 
 
@@ -95,6 +97,14 @@ def _of_class(node: ast.ClassDef) -> dict[str, bool] | None:
             )
             fields[part.target.id] = not has_default
     return fields
+
+
+def _needs(node: ast.ClassDef) -> str:
+    for part in ast.walk(node):
+        if isinstance(part, ast.Call) and ast.unparse(part.func) == "Traits":
+            named = [keyword.value for keyword in part.keywords if keyword.arg == "needs"]
+            return ast.unparse([*named, *part.args][0]) if named or part.args else ""
+    return ""
 
 
 def _absolute(node: ast.ImportFrom, module: str) -> str:

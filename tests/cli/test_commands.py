@@ -206,6 +206,40 @@ def test_a_run_that_cannot_be_stored(here: Path, capsys: pytest.CaptureFixture[s
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_fills_up(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fwdlearn.recipe import run
+    from fwdlearn.sinks.jsonl import JsonLines
+
+    monkeypatch.setattr(run, "JsonLines", lambda path: JsonLines(Path("/dev/full")))
+    assert main(["train", "tiny.yaml", "output.dir=x"]) == 5
+    error = capsys.readouterr().err
+    assert error.startswith("/dev/full: cannot be written: No space left on device")
+    assert len(error.splitlines()) == 1
+    summary = json.loads((here / "x" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    # What failed does not keep the folder from being used again.
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert main(["train", "tiny.yaml", "output.dir=x", "--quiet"]) == 0
+
+
+def test_list_says_what_estimators_need(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "estimators"]) == 0
+    shown = capsys.readouterr().out
+    assert all(line.endswith("Needs LossOracle.") for line in shown.splitlines()[:2])
+    assert "mlp" not in shown
+
+
+def test_a_failed_check_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fwdlearn.cli import checking
+
+    monkeypatch.setattr(checking, "check", lambda target: False)
+    assert main(["check", "SPSA"]) == 1
+
+
 def test_doctor(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
