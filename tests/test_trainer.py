@@ -140,8 +140,9 @@ def test_data_order_is_a_function_of_seed_and_step() -> None:
     assert not torch.equal(one.batch(0).args[0], one.batch(3).args[0])
 
 
+# Chance is log(10) = 2.3, and an error of 0.9 with a standard deviation of 0.013 on 500 rows.
 @pytest.mark.parametrize(
-    ("objective", "sigma", "most"), [(cross_entropy, 1e-3, 1.4), (zero_one, 0.3, 0.5)]
+    ("objective", "sigma", "most"), [(cross_entropy, 1e-3, 1.4), (zero_one, 0.3, 0.8)]
 )
 def test_it_learns_with_and_without_a_derivative(objective: Any, sigma: float, most: float) -> None:
     data = digits()
