@@ -579,20 +579,15 @@ def nonfinite_losses_are_dropped(case: EstimatorCase) -> Figure:
     problem, worst = quadratic(), 0.0
     without = case.ask(problem, Plan(torch.tensor([2, 3, 3]), 3)).flat
     for bad in (float("nan"), float("inf")):
-        spoiled = 0
 
         def spoil(asked: Asked, answer: Tensor, bad: float = bad) -> Tensor:
-            nonlocal spoiled
-            if asked.direction is None:
-                return answer
-            hit = (asked.row == 1) & (asked.direction == 3)
-            spoiled += int(hit.sum())
-            return answer.masked_fill(hit, bad)
+            return answer.masked_fill(_last_of_second(asked), bad)
 
         try:
             answer = case.ask(problem, unequal(3), alter=spoil)
         except NonFiniteError:
             continue
+        spoiled = sum(int(_last_of_second(asked).sum()) for asked in answer.oracle.asked)
         if not spoiled:
             raise NotApplicable("it numbers its directions in its own way")
         if int(answer.estimate.info.get("nonfinite", torch.tensor(0))) != spoiled:
@@ -601,6 +596,13 @@ def nonfinite_losses_are_dropped(case: EstimatorCase) -> Figure:
         if not answer.flat.isfinite().all() or not answer.estimate.loss.isfinite():
             return Figure("results that are not finite:", 1)
     return Figure("relative difference from never asking", worst, case.rounding)
+
+
+def _last_of_second(asked: Asked) -> Tensor:
+    """bool [queries]: those of the second row along the last of its four shared directions."""
+    if asked.direction is None:
+        return torch.zeros(len(asked.row), dtype=torch.bool)
+    return (asked.row == 1) & (asked.direction == 3)
 
 
 @_check("errors")

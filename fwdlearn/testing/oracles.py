@@ -112,7 +112,8 @@ class SlopeFunctionOracle(FunctionOracle):
         self, row: Tensor, directions: Directions, direction: Tensor
     ) -> tuple[Tensor, Tensor]:
         asked = self._record(row, directions, direction, torch.zeros(len(row)).double())
-        values = {n: v.expand(len(row), *v.shape) for n, v in self.params.items()}
+        # Forward mode wants memory of its own for every entry.
+        values = {n: v.repeat(len(row), *[1] * v.dim()) for n, v in self.params.items()}
         tangents = {name: directions.dense(name, direction) for name in self.params}
         answers = torch.func.jvp(lambda v: self._function(v, row), (values,), (tangents,))
         return self._answer(asked, answers[0]), self._answer(asked, answers[1])

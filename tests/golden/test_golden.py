@@ -1,0 +1,72 @@
+"""Golden values: what every estimator gave when it was last reviewed, float64 on a CPU.
+
+`pytest tests/golden --rewrite-golden` writes them anew; the difference is to be read like code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import fwdlearn.estimators
+import pytest
+import torch
+
+from fwdlearn.allocator import Plan
+from fwdlearn.estimator import Estimator
+from fwdlearn.keys import Key
+from fwdlearn.oracle import LossOracle
+from fwdlearn.testing import MLP, loss_oracle, slope_oracle
+
+INSTANCES: list[Estimator] = [
+    instance
+    for name in fwdlearn.estimators.__all__
+    for instance in getattr(fwdlearn.estimators, name).examples()
+]
+
+
+def path_of(estimator: Estimator) -> Path:
+    """One file an instance, named by what its repr says."""
+    words = re.sub(r"[^A-Za-z0-9.=-]+", "_", repr(estimator).replace("'", "")).strip("_")
+    return Path(__file__).with_name(f"{words}.json")
+
+
+def values_of(estimator: Estimator) -> dict[str, object]:
+    """Gradient, loss, cost and info on a small network, under unequal counts."""
+    problem, plan = MLP.random(Key.root(2), 3), Plan(torch.tensor([2, 4, 3]), 2)
+    make = loss_oracle if estimator.traits.needs is LossOracle else slope_oracle
+    oracle = make(problem)
+    state = estimator.init(oracle.params)
+    estimate, _ = estimator.estimate(oracle, oracle.params, state, key=Key.root(3), plan=plan)
+    return {
+        "estimator": repr(estimator),
+        "loss": float(estimate.loss),
+        "queries": estimate.queries,
+        "info": {name: float(value) for name, value in sorted(estimate.info.items())},
+        "grad": {name: estimate.grad[name].flatten().tolist() for name in oracle.params},
+    }
+
+
+@pytest.mark.parametrize("estimator", INSTANCES, ids=repr)
+def test_golden(estimator: Estimator, request: pytest.FixtureRequest) -> None:
+    values, path = values_of(estimator), path_of(estimator)
+    if request.config.getoption("--rewrite-golden"):
+        path.write_text(json.dumps(values, indent=1) + "\n")
+    assert path.exists(), (
+        f"no golden values for {estimator!r}; pytest tests/golden --rewrite-golden"
+    )
+    golden = json.loads(path.read_text())
+    assert values["estimator"] == golden["estimator"] and values["queries"] == golden["queries"]
+    for part in ("info", "grad"):
+        now, then = values[part], golden[part]
+        assert isinstance(now, dict) and now.keys() == then.keys()
+        for name in then:
+            # Libraries may add in another order, which differences over sigma magnify.
+            assert now[name] == pytest.approx(then[name], rel=1e-9, abs=1e-9)
+    assert values["loss"] == pytest.approx(golden["loss"], rel=1e-12)
+
+
+def test_no_golden_file_is_left_over() -> None:
+    known = {path_of(estimator) for estimator in INSTANCES}
+    assert set(Path(__file__).parent.glob("*.json")) == known
