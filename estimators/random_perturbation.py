@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from fwdlearn.allocator import Plan
-from fwdlearn.directions import Directions, check_law
+from fwdlearn.directions import Directions, check_law, scales_of
 from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.gradient import DirectionGradient
@@ -52,6 +52,9 @@ class RandomPerturbation(Estimator):
             directions a row or more).
         law: "rademacher" or "gaussian".
         rank: of the directions of matrices (at least 1), or None for independent entries.
+        scales: pattern of parameter names -> factor on sigma there, positive; the first pattern
+            that matches counts. A parameter with a large gradient and little to learn drowns the
+            others: perturb it less.
 
     Raises:
         ValueError: a setting is out of range.
@@ -66,10 +69,10 @@ class RandomPerturbation(Estimator):
     baseline: Literal["clean", "leave-one-out"] = "clean"
     law: str = "rademacher"
     rank: int | None = 1
+    scales: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        _check(self, self.sigma)
-        check_law(type(self).__name__, self.law, self.rank)
+        _check(self)
         if self.baseline not in ("clean", "leave-one-out"):
             raise ValueError(
                 "RandomPerturbation(baseline=...) must be 'clean' or 'leave-one-out', got "
@@ -84,7 +87,7 @@ class RandomPerturbation(Estimator):
         self, oracle: LossOracle, params: Mapping[str, Tensor], state: Any, *, key: Key, plan: Plan
     ) -> tuple[Estimate, Any]:
         start = oracle.queries
-        directions = Directions(key, params, plan.directions, self.law, self.rank)
+        directions = _directions(self, key, params, plan)
         losses = oracle.losses(plan.row, directions, plan.direction, self.sigma).double()
         valid, least = losses.isfinite(), 1
         if self.baseline == "clean":
@@ -123,6 +126,9 @@ class SPSA(Estimator):
         sigma: size of the perturbation, positive.
         law: "rademacher" or "gaussian".
         rank: of the directions of matrices (at least 1), or None for independent entries.
+        scales: pattern of parameter names -> factor on sigma there, positive; the first pattern
+            that matches counts. A parameter with a large gradient and little to learn drowns the
+            others: perturb it less.
 
     Raises:
         ValueError: a setting is out of range.
@@ -135,18 +141,18 @@ class SPSA(Estimator):
     sigma: float = 1e-3
     law: str = "rademacher"
     rank: int | None = 1
+    scales: Mapping[str, float] | None = None
 
     traits = Traits(LossOracle, "weights", "smoothed", queries_per_direction=2)
 
     def __post_init__(self) -> None:
-        _check(self, self.sigma)
-        check_law(type(self).__name__, self.law, self.rank)
+        _check(self)
 
     def estimate(
         self, oracle: LossOracle, params: Mapping[str, Tensor], state: Any, *, key: Key, plan: Plan
     ) -> tuple[Estimate, Any]:
         start = oracle.queries
-        directions = Directions(key, params, plan.directions, self.law, self.rank)
+        directions = _directions(self, key, params, plan)
         # The two sides of a pair stay adjacent, so that they run in the same block.
         signs = torch.tensor([1.0, -1.0], dtype=torch.float64, device=plan.row.device)
         scale = (self.sigma * signs).repeat(len(plan))
@@ -163,9 +169,24 @@ class SPSA(Estimator):
         return [cls(), cls(sigma=0.5), cls(sigma=0.05, law="gaussian"), cls(sigma=0.1, rank=None)]
 
 
-def _check(estimator: RandomPerturbation | SPSA, sigma: float) -> None:
-    if not 0 < sigma < float("inf"):
-        raise ValueError(f"{type(estimator).__name__}(sigma=...) must be positive, got {sigma!r}.")
+def _check(estimator: RandomPerturbation | SPSA) -> None:
+    owner = type(estimator).__name__
+    if not 0 < estimator.sigma < float("inf"):
+        raise ValueError(f"{owner}(sigma=...) must be positive, got {estimator.sigma!r}.")
+    check_law(owner, estimator.law, estimator.rank)
+    for pattern, scale in (estimator.scales or {}).items():
+        if not 0 < scale < float("inf"):
+            raise ValueError(
+                f"{owner}(scales=...) must be positive, got {scale!r} for {pattern!r}."
+            )
+
+
+def _directions(
+    estimator: RandomPerturbation | SPSA, key: Key, params: Mapping[str, Tensor], plan: Plan
+) -> Directions:
+    scales = scales_of(type(estimator).__name__, estimator.scales, params)
+    law, rank = estimator.law, estimator.rank
+    return Directions(key, params, plan.directions, law, rank, scales)
 
 
 def _others(losses: Tensor, valid: Tensor, plan: Plan) -> Tensor:
@@ -189,10 +210,10 @@ def _estimate(
     coefficients.index_add_(0, plan.direction, weight * slopes)
     # Directions are independent: the covariance of the sum is the sum of the covariances, and
     # identity covariance makes the mean of c^2 the squared mean of c z.
-    norms = directions.square_norms(torch.arange(plan.directions, device=slopes.device))
+    grad = DirectionGradient(directions, coefficients)
     info = {
-        "variance": (coefficients.square() * (norms - 1)).sum(),
+        "variance": (coefficients.square() * (grad.square_norms() - 1)).sum(),
         "coef_abs": slopes.abs().mean(),
         "nonfinite": torch.tensor(nonfinite),
     }
-    return Estimate(DirectionGradient(directions, coefficients), loss, queries, info)
+    return Estimate(grad, loss, queries, info)

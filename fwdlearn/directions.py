@@ -7,9 +7,10 @@ covariance of a direction is the identity, so that the mean of `(g . E) E` is `g
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import ClassVar
@@ -17,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fwdlearn.errors import UsageError
 from fwdlearn.keys import Key, stream_id
 
 # Numbers of a family that are kept between the forward passes and the update, in bytes.
@@ -99,6 +101,7 @@ class Site:
         shape: the parameter's shape.
         dtype: of the factors; the parameter's own, so that what is measured is what is applied.
         rank: of the product; 0 for independent entries.
+        scale: size of the direction here, relative to the rest.
         start: first block of the family that belongs to this parameter.
         blocks: how many there are.
     """
@@ -107,6 +110,7 @@ class Site:
     shape: torch.Size
     dtype: torch.dtype
     rank: int
+    scale: float
     start: int
     blocks: int
 
@@ -130,7 +134,7 @@ class LowRank:
     Args:
         left: [count, m, rank].
         right: [count, n, rank].
-        scale: 1 / sqrt(rank), which makes the covariance the identity.
+        scale: 1 / sqrt(rank), which makes the covariance the identity, times the site's own.
     """
 
     left: Tensor
@@ -158,6 +162,7 @@ class Directions:
         count: how many directions, numbered from 0.
         law: "rademacher" or "gaussian".
         rank: of the directions of matrices (at least 1), or None for independent entries.
+        scales: name -> size of the directions in that parameter; 1 where a name is missing.
 
     Example:
         >>> family = Directions(Key.root(0), {"w": torch.zeros(3, 2)}, count=4)
@@ -170,6 +175,7 @@ class Directions:
     count: int
     law: str = "rademacher"
     rank: int | None = 1
+    scales: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         check_law(type(self).__name__, self.law, self.rank)
@@ -184,7 +190,8 @@ class Directions:
             rank = 0 if self.rank is None or min(m, n) == 1 else self.rank
             numbers = rank * (m + n) if rank else m * n
             blocks = -(-numbers // per_block)
-            sites[name] = Site(name, value.shape, value.dtype, rank, start, blocks)
+            scale = (self.scales or {}).get(name, 1.0)
+            sites[name] = Site(name, value.shape, value.dtype, rank, scale, start, blocks)
             start += blocks
         return sites
 
@@ -203,10 +210,11 @@ class Directions:
         numbers = LAWS[self.law].expand(self._raw(site, ids), site.dtype)
         m, n = site.matrix
         if not site.rank:
-            return numbers[:, : m * n].reshape(-1, *site.shape)
+            dense = numbers[:, : m * n].reshape(-1, *site.shape)
+            return dense if site.scale == 1 else dense * site.scale
         left, right = numbers[:, : site.rank * (m + n)].split((site.rank * m, site.rank * n), 1)
         shape = (len(ids), -1, site.rank)
-        return LowRank(left.reshape(shape), right.reshape(shape), site.rank**-0.5)
+        return LowRank(left.reshape(shape), right.reshape(shape), site.rank**-0.5 * site.scale)
 
     def dense(self, name: str, ids: Tensor) -> Tensor:
         """[len(ids), *shape]: the directions of one parameter written out, in its dtype."""
@@ -220,7 +228,7 @@ class Directions:
         total = torch.zeros(len(ids), dtype=torch.float64, device=self.device)
         for name, site in self.sites.items():
             if self.law == Rademacher.name and site.rank <= 1:
-                total += math.prod(site.shape)
+                total += math.prod(site.shape) * site.scale**2
                 continue
             for chunk in self.chunks(name, len(ids)):
                 factors = self.factors(name, ids[chunk])
@@ -270,6 +278,26 @@ class Directions:
                 words = self.key.words(block, chunk.unsqueeze(1), (low, high))
                 parts.append(law.raw(words))
             return torch.cat(parts)
+
+
+def scales_of(
+    owner: str, patterns: Mapping[str, float] | None, names: Iterable[str]
+) -> dict[str, float]:
+    """The size of directions in each parameter: that of the first pattern that its name matches.
+
+    Raises:
+        UsageError: a pattern matches no name.
+    """
+    names, found = list(names), {}
+    for pattern, scale in reversed((patterns or {}).items()):
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            raise UsageError(
+                f"{owner}(scales=...): the pattern {pattern!r} matches no parameter; the first "
+                f"are {', '.join(names[:3])}."
+            )
+        found |= dict.fromkeys(matches, scale)
+    return found
 
 
 def check_law(owner: str, law: str, rank: int | None) -> None:

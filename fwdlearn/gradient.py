@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from fwdlearn.directions import Directions
 
 class DirectionGradient(Mapping[str, Tensor]):
     """The sum of coefficient times direction, formed when a name is asked for.
+
+    A direction of size s in a parameter counts 1 / s^2 there: the coefficients are slopes along
+    the whole direction, and the result is a gradient whatever the sizes.
 
     A low-rank family costs one matrix product per tensor, with inner dimension
     directions x rank. Sums run in float32 (float64 for float64 parameters).
@@ -38,7 +42,7 @@ class DirectionGradient(Mapping[str, Tensor]):
         total: Tensor | None = None
         for chunk in family.chunks(name, family.count):
             factors = family.factors(name, ids[chunk])
-            coefficients = self.coefficients[chunk].to(family.device, dtype)
+            coefficients = self.coefficients[chunk].to(family.device, dtype) / site.scale**2
             if isinstance(factors, Tensor):
                 part = torch.tensordot(coefficients, factors.to(dtype), 1)
             else:
@@ -50,6 +54,13 @@ class DirectionGradient(Mapping[str, Tensor]):
         if total is None:
             return torch.zeros(site.shape, dtype=dtype, device=family.device)
         return total.reshape(site.shape)
+
+    def square_norms(self) -> Tensor:
+        """float64 [directions]: |direction|^2 as it enters the gradient."""
+        family = self.directions
+        ids = torch.arange(family.count, device=family.device)
+        inverse = {name: 1 / site.scale for name, site in family.sites.items()}
+        return replace(family, scales=inverse).square_norms(ids)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.directions.sites)
