@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 
 from fwdlearn.allocator import Plan
 from fwdlearn.data import Data
+from fwdlearn.engine import trainable
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
 from fwdlearn.models import Built
 from fwdlearn.recipe.component import Component
@@ -50,13 +52,12 @@ def assemble(recipe: Recipe, sinks: Sequence[Sink] = ()) -> Assembly:
     device = device_of(recipe)
     data, built = load_parts(recipe)
     module = built.module.to(device)
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     made: dict[str, Any] = {}
     for name in ("objective", "estimator", "allocator"):
         with blaming(recipe, parts[name]):
             made[name] = parts[name]() if name != "objective" else _objective(parts[name])
     with blaming(recipe, parts["optimizer"]):
-        optimizer = parts["optimizer"](params=parameters)
+        optimizer = parts["optimizer"](params=_grouped(recipe, trainable(module)))
     schedule = None
     if "optimizer.schedule" in parts:
         steps = _steps(recipe, made["estimator"], made["allocator"], len(data.train))
@@ -115,6 +116,20 @@ def blaming(recipe: Recipe, component: Component) -> Iterator[None]:
             raise
         problem = component.blame(error)
         raise recipe.error([problem]) from error
+
+
+def _grouped(recipe: Recipe, params: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The optimizer's groups: a parameter belongs to the first pattern that its name matches."""
+    left = dict(params)
+    groups: list[dict[str, Any]] = []
+    for pattern, group in recipe.groups.items():
+        names = fnmatch.filter(left, pattern)
+        if not names:
+            known = ", ".join(list(left)[:3]) or "none that is left"
+            message = f"the pattern matches no trainable parameter; the first are {known}"
+            raise recipe.error([Problem(group.path, message, "key")])
+        groups.append({"params": [left.pop(name) for name in names], **group.arguments})
+    return [{"params": list(left.values())}, *groups] if left else groups
 
 
 def _objective(component: Component) -> Any:

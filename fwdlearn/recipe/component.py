@@ -19,6 +19,7 @@ from fwdlearn.registry import load, suggest, target_of
 PROVIDED: Mapping[str, frozenset[str]] = {
     "model": frozenset({"info"}),
     "optimizer": frozenset({"params"}),
+    "group": frozenset({"params"}),
     "schedule": frozenset({"optimizer", "last_epoch"}),
     "sink": frozenset({"folder", "config", "warn"}),
 }
@@ -77,9 +78,10 @@ class Component:
 def check_form(kind: str, path: Path, name: Any, given: Mapping[str, Any]) -> list[Problem]:
     """What can be told without importing the target: its name, and the names of its arguments."""
     try:
-        target = target_of(kind, name)
+        target = _target(kind, name)
     except UsageError as error:
-        return [Problem((*path, "name"), str(error))]
+        # A group repeats its optimizer's name, where the same problem is told.
+        return [] if kind == "group" else [Problem((*path, "name"), str(error))]
     found = definition(target)
     if found is None or found.parameters is None:
         return []
@@ -101,10 +103,12 @@ def bind(
         given: the section's other keys.
     """
     try:
-        target = target_of(kind, name)
+        target = _target(kind, name)
         factory = load(target)
         parameters, open_ended = _parameters(kind, target, factory)
     except (UsageError, MissingError) as error:
+        if kind == "group":
+            return None, []
         missing = isinstance(error, MissingError)
         return None, [Problem((*path, "name"), str(error), missing=missing)]
     required = {key: each.default is inspect.Parameter.empty for key, each in parameters.items()}
@@ -124,10 +128,20 @@ def bind(
     reserved = PROVIDED.get(kind, frozenset()) | FILLED.get(kind, frozenset())
     settings = dict(given)
     for key, parameter in parameters.items():
-        if key not in given and key not in reserved and _is_plain(parameter.default):
+        if (
+            kind != "group"
+            and key not in given
+            and key not in reserved
+            and _is_plain(parameter.default)
+        ):
             settings[key] = json.loads(json.dumps(parameter.default, default=str))
     wants = frozenset((reserved & parameters.keys()) - arguments.keys())
     return Component(kind, path, name, target, factory, arguments, settings, wants), []
+
+
+def _target(kind: str, name: str) -> str:
+    """`module:attribute`; a group is spoken of in terms of its optimizer."""
+    return target_of("optimizer" if kind == "group" else kind, name)
 
 
 def _parameters(kind: str, target: str, factory: Any) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -171,7 +185,7 @@ def _check_names(
         elif key not in known and not open_ended:
             way = suggest(key, known) if known else "it takes no arguments"
             problems.append(Problem((*path, key), f"unknown argument; {way}", "key"))
-    for key in known:
+    for key in known if kind != "group" else ():
         if required[key] and given.get(key) is None and key not in filled:
             place = dotted((*path, key))
             message = f"missing; add it to the file, or {place}={key.upper()} on the command line"

@@ -8,7 +8,7 @@ from typing import Any
 
 from fwdlearn.errors import MissingError, RecipeError
 from fwdlearn.recipe.component import Component, bind, check_form
-from fwdlearn.recipe.locate import COMPONENTS, read, recipe_name
+from fwdlearn.recipe.locate import COMPONENTS, GROUPS, read, recipe_name
 from fwdlearn.recipe.schema import Fixed, OutputSection, TrainerSection, check_fixed
 from fwdlearn.recipe.source import Path, Problem, Source, dotted
 from fwdlearn.recipe.text import dump
@@ -26,6 +26,7 @@ class Recipe:
         source: its text, and where each key stands.
         components: model, data, objective, estimator, allocator, optimizer and perhaps
             optimizer.schedule.
+        groups: pattern of parameter names -> the optimizer with what differs for them.
         sinks: tracking, in the order asked for.
         fixed: the other sections.
     """
@@ -33,6 +34,7 @@ class Recipe:
     name: str
     source: Source
     components: Mapping[str, Component]
+    groups: Mapping[str, Component]
     sinks: tuple[Component, ...]
     fixed: Fixed
 
@@ -57,6 +59,9 @@ class Recipe:
         schedule = sections.pop("optimizer.schedule", None)
         if schedule is not None:
             sections["optimizer"]["schedule"] = schedule
+        if self.groups:
+            groups = {pattern: group.settings for pattern, group in self.groups.items()}
+            sections["optimizer"]["groups"] = groups
         return {
             **sections,
             "trainer": self.trainer.model_dump(),
@@ -106,6 +111,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 
     components: dict[str, Component] = {}
     sinks: list[Component] = []
+    groups: dict[str, Component] = {}
     for kind, path, name, given in sections:
         component, more = bind(kind, path, name, given)
         problems += more
@@ -113,6 +119,8 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
             continue
         if kind == "sink":
             sinks.append(component)
+        elif path[:-1] == GROUPS:
+            groups[str(path[-1])] = component
         else:
             components[dotted(path)] = component
     problems += check_together(components, sinks, fixed)
@@ -120,7 +128,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         raise _error(source, problems or form)
     order = [dotted(path) for path in COMPONENTS if dotted(path) in components]
     ordered = {name: components[name] for name in order}
-    return Recipe(recipe_name(recipe), source, ordered, tuple(sinks), fixed)
+    return Recipe(recipe_name(recipe), source, ordered, groups, tuple(sinks), fixed)
 
 
 Section = tuple[str, Path, str, dict[str, Any]]
@@ -148,8 +156,13 @@ def _sections(data: dict[str, Any]) -> tuple[list[Section], list[Problem]]:
             problems.append(at)
         else:
             nested = {inner[-1] for inner in COMPONENTS if inner[:-1] == path}
+            nested |= {inner[-1] for inner in (GROUPS,) if inner[:-1] == path}
             given = {k: v for k, v in section.items() if k != "name" and k not in nested}
             found.append((kind, path, section["name"], given))
+            if kind == "optimizer":
+                more, wrong = _groups(section["name"], section.get(GROUPS[-1]))
+                found += more
+                problems += wrong
     tracking = data.get("tracking") or {}
     if not isinstance(tracking, dict):
         problems.append(Problem(("tracking",), f"must be keys and values, got {tracking!r}"))
@@ -165,6 +178,24 @@ def _sections(data: dict[str, Any]) -> tuple[list[Section], list[Problem]]:
             problems.append(Problem(path, f"must be true or arguments, got {section!r}"))
         else:
             found.append(("sink", path, name, section if isinstance(section, dict) else {}))
+    return found, problems
+
+
+def _groups(name: str, groups: Any) -> tuple[list[Section], list[Problem]]:
+    """What the optimizer does differently for some parameters, by pattern of their names."""
+    if groups is None:
+        return [], []
+    if not isinstance(groups, dict):
+        message = f"must be patterns of parameter names, each with its arguments, got {groups!r}"
+        return [], [Problem(GROUPS, message)]
+    found: list[Section] = []
+    problems: list[Problem] = []
+    for pattern, given in groups.items():
+        if isinstance(given, dict) and given:
+            found.append(("group", (*GROUPS, pattern), name, given))
+        else:
+            message = f"must be arguments of the optimizer, such as lr, got {given!r}"
+            problems.append(Problem((*GROUPS, pattern), message))
     return found, problems
 
 

@@ -17,6 +17,9 @@ COMPONENTS: tuple[Path, ...] = tuple(
 ) + (("optimizer", "schedule"),)
 """Where a component stands; there a bare name is short for `{name: ...}`."""
 
+GROUPS: Path = ("optimizer", "groups")
+"""Where parameters, by pattern of their names, get their own arguments of the optimizer."""
+
 
 def shipped() -> dict[str, str]:
     """Name -> text of the recipes that come with fwdlearn."""
