@@ -11,7 +11,8 @@ from scipy import stats
 from torch import Tensor
 
 import fwdlearn.directions
-from fwdlearn.directions import Directions, LowRank
+from fwdlearn.directions import Directions, LowRank, scales_of
+from fwdlearn.errors import UsageError
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 
@@ -173,6 +174,38 @@ def test_gradient_needs_a_coefficient_for_each_direction() -> None:
     message = "one coefficient for each of 4 directions, got shape (3,)."
     with pytest.raises(ValueError, match=re.escape(message)):
         DirectionGradient(Directions(Key.root(0), params(), 4), torch.zeros(3))
+
+
+@kinds
+def test_sizes_scale_directions_and_leave_gradients_gradients(law: str, rank: int | None) -> None:
+    point, ids = params(), torch.arange(6)
+    size = {"w": 0.25, "bias": 4.0}
+    plain = Directions(Key.root(12), point, 6, law, rank)
+    sized = Directions(Key.root(12), point, 6, law, rank, size)
+    coefficients = torch.linspace(-2, 3, 6, dtype=torch.float64)
+    gradient, norms = DirectionGradient(sized, coefficients), torch.zeros(6, dtype=torch.float64)
+    for name in point:
+        scale = size.get(name, 1.0)
+        torch.testing.assert_close(sized.dense(name, ids), scale * plain.dense(name, ids))
+        # A slope along a direction of size s is s times as large, and so is the direction.
+        explicit = torch.tensordot(coefficients, sized.dense(name, ids), 1) / scale**2
+        torch.testing.assert_close(gradient[name], explicit)
+        norms += (sized.dense(name, ids) / scale**2).reshape(6, -1).square().sum(1)
+    torch.testing.assert_close(sized.square_norms(ids), dense(sized, ids).square().sum(1))
+    torch.testing.assert_close(gradient.square_norms(), norms)
+
+
+def test_the_first_pattern_that_matches_gives_the_size() -> None:
+    names = ["head.bias", "head.weight", "body.bias"]
+    found = scales_of("X", {"head.bias": 0.1, "*bias": 0.2, "head.*": 0.3}, names)
+    assert found == {"head.bias": 0.1, "body.bias": 0.2, "head.weight": 0.3}
+    assert scales_of("X", None, names) == {}
+    message = (
+        "X(scales=...): the pattern 'tail*' matches no parameter; the first are head.bias, "
+        "head.weight, body.bias."
+    )
+    with pytest.raises(UsageError, match=re.escape(message)):
+        scales_of("X", {"tail*": 0.1}, names)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fwdlearn.allocator import Plan
+from fwdlearn.directions import Directions
 from fwdlearn.errors import BackwardError, FwdlearnError, NonFiniteError
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.keys import Key
@@ -495,25 +496,43 @@ def loss_is_mean_over_rows(case: EstimatorCase) -> Figure:
     return Figure("error", abs(float(loss - problem.clean_losses().mean())), limit)
 
 
+def sizes(family: Directions, params: Mapping[str, Tensor]) -> Tensor:
+    """[d]: the size of a family's directions in each entry; 1 unless the family says otherwise."""
+    sites = getattr(family, "sites", {})
+    scale = {name: sites[name].scale if name in sites else 1.0 for name in params}
+    return torch.cat([torch.full((v.numel(),), scale[n]).double() for n, v in params.items()])
+
+
 @dataclass(frozen=True)
 class _Span:
-    """The distinct directions that an oracle was asked about."""
+    """The distinct directions that an oracle was asked about.
 
-    vectors: Tensor
+    Args:
+        measured: [directions, d].
+        applied: [directions, d], as they enter a gradient: divided by their squared sizes.
+        rows: which rows asked about each.
+    """
+
+    measured: Tensor
+    applied: Tensor
     rows: list[set[int]]
 
-    @property
-    def inverse(self) -> Tensor:
-        """[d, directions]: a gradient times this is its coefficients."""
-        return torch.linalg.pinv(self.vectors)
+    def slope_one(self, number: int) -> Tensor:
+        """[d]: a gradient with slope 1 along that direction and 0 along all others."""
+        return torch.linalg.pinv(self.measured)[:, number]
+
+    def coefficients(self, grad: Tensor) -> Tensor:
+        """[directions], of a gradient [d]."""
+        return grad @ torch.linalg.pinv(self.applied)
 
 
 def _span(answer: Answer) -> _Span:
-    vectors, rows = [], []
+    vectors, rows, size = [], [], torch.ones(())
     for asked in answer.oracle.asked:
         family, number = asked.directions, asked.direction
         if family is None or number is None:
             continue
+        size = sizes(family, answer.oracle.params)
         vectors.append(flatten({name: family.dense(name, number) for name in answer.oracle.params}))
         rows.append(asked.row)
     if not vectors:
@@ -524,12 +543,13 @@ def _span(answer: Answer) -> _Span:
         users[number].add(row)
     if len(distinct) > distinct.shape[1] or torch.linalg.matrix_rank(distinct) < len(distinct):
         raise NotApplicable("it asked for more directions than this problem can tell apart")
-    return _Span(distinct, users)
+    return _Span(distinct, distinct / size**2, users)
 
 
 def _residual(answer: Answer, span: _Span) -> dict[str, float]:
     """For each tensor, the part of the gradient that the directions do not explain."""
-    fit = unflatten((answer.flat @ span.inverse @ span.vectors).unsqueeze(0), answer.oracle.params)
+    explained = span.coefficients(answer.flat) @ span.applied
+    fit = unflatten(explained.unsqueeze(0), answer.oracle.params)
     return {name: distance(answer.grad[name], fit[name][0]) for name in answer.grad}
 
 
@@ -560,10 +580,10 @@ def coefficients_are_weighted_slopes(case: EstimatorCase) -> Figure:
     limit = case.rounding + 10 * max(_residual(answer, span).values())
     worst = 0.0
     for number, users in enumerate(span.rows):
-        slopes = torch.zeros(3, span.vectors.shape[1], dtype=torch.float64)
-        slopes[sorted(users)] = span.inverse[:, number]
+        slopes = torch.zeros(3, span.measured.shape[1], dtype=torch.float64)
+        slopes[sorted(users)] = span.slope_one(number)
         problem = Quadratic(params, slopes, torch.zeros(3, dtype=torch.float64))
-        coefficient = float(case.ask(problem, unequal()).flat @ span.inverse[:, number])
+        coefficient = float(span.coefficients(case.ask(problem, unequal()).flat)[number])
         weight = sum(1 / (3 * asked[row]) for row in users)
         worst = max(worst, abs(coefficient / weight - 1))
     return Figure("relative error of a coefficient", worst, limit)

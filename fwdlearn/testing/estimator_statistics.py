@@ -20,7 +20,7 @@ from torch import Tensor
 from fwdlearn.allocator import Plan
 from fwdlearn.directions import Directions
 from fwdlearn.keys import Key
-from fwdlearn.testing.estimator_checks import ESTIMATOR_CHECKS, ROOT, EstimatorCase
+from fwdlearn.testing.estimator_checks import ESTIMATOR_CHECKS, ROOT, EstimatorCase, sizes
 from fwdlearn.testing.problems import Linear, Logistic, Problem, Quadratic, flatten
 from fwdlearn.testing.report import Figure, NotApplicable
 from fwdlearn.testing.settings import fresh
@@ -108,10 +108,10 @@ def mean_figure(
 def smoothed_gradient(
     problem: Problem, family: Directions, sigma: float, key: Key
 ) -> tuple[Tensor, Tensor]:
-    """E (L(params + sigma z) - L(params)) / sigma z by sampling, with its standard error.
+    """E (L(params + sigma z) - L(params)) / sigma z / s^2 by sampling, with its standard error.
 
-    Independent of any estimator: it draws from the law of `family` under another key, and takes
-    the linear part exactly, which leaves little noise.
+    s is the size of z in each entry. Independent of any estimator: it draws from the law of
+    `family` under another key, and takes the linear part exactly, which leaves little noise.
 
     Returns:
         float64 [d] and [d].
@@ -127,7 +127,7 @@ def smoothed_gradient(
     for row in range(problem.rows):
         at = problem.losses(moved, torch.full((TARGET_SAMPLES,), row))
         losses += (at - clean[row]) / problem.rows
-    rest = (losses / sigma - slopes).unsqueeze(1) * z
+    rest = (losses / sigma - slopes).unsqueeze(1) * z / sizes(family, problem.params) ** 2
     return exact + rest.mean(0), rest.std(0) / math.sqrt(TARGET_SAMPLES)
 
 

@@ -15,7 +15,15 @@ from fwdlearn.directions import Directions
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.keys import Key
-from fwdlearn.testing import FunctionOracle, Linear, Logistic, Problem, Quadratic, loss_oracle
+from fwdlearn.testing import (
+    FunctionOracle,
+    Linear,
+    Logistic,
+    Problem,
+    Quadratic,
+    check_estimator,
+    loss_oracle,
+)
 from fwdlearn.testing.estimator_statistics import smoothed_gradient, z_limit
 from fwdlearn.testing.problems import flatten
 
@@ -149,6 +157,12 @@ def test_private_directions_vary_less_than_shared_where_rows_agree() -> None:
     assert said[8] / said[1] == pytest.approx(8, rel=0.3)
 
 
+@pytest.mark.parametrize("kind", [RandomPerturbation, SPSA])
+def test_smaller_directions_somewhere_change_no_promise(kind: Any) -> None:
+    report = check_estimator(kind(sigma=0.1, scales={"*bias": 0.25, "*w*": 3.0}))
+    assert report.passed, str(report)
+
+
 def test_leave_one_out_needs_two_directions() -> None:
     problem = Linear.random(Key.root(0), 2, {"v": (3,)})
     message = (
@@ -197,6 +211,7 @@ SETTINGS: list[tuple[type[Estimator], dict[str, Any], str]] = [
             {"rank": 0},
             "(rank=...) must be a positive integer, or None for independent entries, got 0.",
         ),
+        ({"scales": {"*bias": 0.0}}, "(scales=...) must be positive, got 0.0 for '*bias'."),
     )
 ]
 SETTINGS.append(
