@@ -288,8 +288,9 @@ def scales_of(
     Raises:
         UsageError: a pattern matches no name.
     """
-    names, found = list(names), {}
-    for pattern, scale in reversed((patterns or {}).items()):
+    names = list(names)
+    found: dict[str, float] = {}
+    for pattern, scale in reversed(list((patterns or {}).items())):
         matches = fnmatch.filter(names, pattern)
         if not matches:
             raise UsageError(

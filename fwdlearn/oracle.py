@@ -83,7 +83,11 @@ class ActivationOracle(LossOracle, Protocol):
         """Parameter gradients from output cotangents ([rows, *shape]), by local products."""
 
 
-_OFFERS = {LossOracle: "losses", SlopeOracle: "slopes", ActivationOracle: "activation noise"}
+_OFFERS: Mapping[type, str] = {
+    LossOracle: "losses",
+    SlopeOracle: "slopes",
+    ActivationOracle: "activation noise",
+}
 
 
 def require(oracle: object, needs: type, who: str) -> None:
@@ -117,8 +121,8 @@ def forbid_backward() -> Iterator[None]:
         )
 
     if _forbidding == 0:
-        _engine.append(torch.autograd._engine_run_backward)  # type: ignore[attr-defined]
-        torch.autograd._engine_run_backward = refuse  # type: ignore[attr-defined]
+        _engine.append(torch.autograd._engine_run_backward)
+        torch.autograd._engine_run_backward = refuse
     _forbidding += 1
     try:
         with torch.no_grad():
@@ -126,7 +130,7 @@ def forbid_backward() -> Iterator[None]:
     finally:
         _forbidding -= 1
         if _forbidding == 0:
-            torch.autograd._engine_run_backward = _engine.pop()  # type: ignore[attr-defined]
+            torch.autograd._engine_run_backward = _engine.pop()
 
 
 _engine: list[Any] = []

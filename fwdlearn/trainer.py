@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -376,15 +378,16 @@ class Trainer:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def _optimizer_bytes(self) -> int:
-        """What the optimizer will keep, found on a parameter of one number."""
-        probe = nn.Parameter(torch.zeros(1))
-        probe.grad = torch.ones(1)
-        settings = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
-        twin = type(self.optimizer)([{"params": [probe], **settings}], lr=settings["lr"])
-        twin.step()
-        kept = sum(
-            1 for v in twin.state[probe].values() if isinstance(v, Tensor) and v.shape == (1,)
-        )
+        """What the optimizer will keep beside the weights, found on a matrix of its own."""
+        probe = nn.Parameter(torch.zeros(2, 2))
+        probe.grad = torch.ones(2, 2)
+        twin = copy.copy(self.optimizer)
+        twin.state = defaultdict(dict)
+        twin.param_groups = [{**self.optimizer.param_groups[0], "params": [probe]}]
+        # A schedule has wrapped the step of the original; the class's own knows nothing of it.
+        type(twin).step(twin)
+        values = twin.state[probe].values()
+        kept = sum(isinstance(value, Tensor) and value.shape == probe.shape for value in values)
         return kept * sum(p.numel() * p.element_size() for p in self.engine.params.values())
 
 

@@ -7,13 +7,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Self
 
-import fwdlearn.allocators
-import fwdlearn.estimators
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import fwdlearn.allocators
+import fwdlearn.estimators
 from fwdlearn.allocator import Plan
 from fwdlearn.directions import Directions
 from fwdlearn.errors import UsageError

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fwdlearn.allocators import Uniform
-from fwdlearn.estimators import SPSA, RandomPerturbation
 from torch import Tensor, nn
 
+from fwdlearn.allocators import Uniform
 from fwdlearn.data import Data, DataInfo, Rows, digits
 from fwdlearn.errors import BackwardError, NonFiniteError, UsageError
+from fwdlearn.estimators import SPSA, RandomPerturbation
 from fwdlearn.models import mlp
 from fwdlearn.objectives import cross_entropy, mean_squared_error, zero_one
 from fwdlearn.trainer import Trainer

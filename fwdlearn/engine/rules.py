@@ -321,8 +321,9 @@ RULES: Mapping[Any, Rule] = _Rules(
         torch.transpose: transpose,
         torch.Tensor.t: transpose,
         torch.Tensor.transpose: transpose,
-        torch.Tensor.T.__get__: transpose,
-        torch.Tensor.mT.__get__: transpose,
+        # Torch names a property by the `__get__` of its descriptor.
+        vars(torch._C.TensorBase)["T"].__get__: transpose,
+        vars(torch._C.TensorBase)["mT"].__get__: transpose,
         F.embedding: embedding,
         F.conv1d: conv,
         F.conv2d: conv,

@@ -18,6 +18,7 @@ from fwdlearn.errors import FwdlearnError, MissingError, UsageError
 from fwdlearn.models.built import Built, weights_from
 from fwdlearn.models.images import ImageProcessor
 from fwdlearn.models.location import local_folder
+from fwdlearn.models.pooled import MeanPooled
 
 _HEADS = {
     "text": "AutoModelForSequenceClassification",
@@ -43,8 +44,10 @@ def transformers(
         info: of the data; text or images.
         path: a folder that `save_pretrained` wrote, `package:NAME/FOLDER` for a folder inside an
             installed Python package, or a model's name on the hub (the local cache comes first).
-        head: `auto` chooses by the kind of data: sequence or image classification. Otherwise the
-            name of a class with `from_pretrained`, such as `AutoModelForSequenceClassification`.
+        head: `auto` chooses by the kind of data: sequence or image classification; `mean` puts a
+            linear classifier on the mean over tokens, the natural reading of sentence encoders.
+            Otherwise the name of a class with `from_pretrained`, such as
+            `AutoModelForSequenceClassification`.
         dtype: of the weights.
         attention: transformers' `attn_implementation`; None leaves the choice to transformers.
         seed: of the new head's weights.
@@ -66,11 +69,14 @@ def transformers(
     path = str(path)
     folder = local_folder(path)
     library = _library()
-    loader: Any = getattr(library, _HEADS[info.kind] if head == "auto" else head, None)
+    if head == "mean" and info.kind != "text":
+        raise UsageError("transformers(head='mean') reads text; head='auto' reads images.")
+    named = {"auto": _HEADS[info.kind], "mean": "AutoModel"}
+    loader: Any = getattr(library, named.get(head, head), None)
     if not hasattr(loader, "from_pretrained"):
         raise UsageError(
-            f"transformers(head=...) must be auto or the name of a transformers model class, got "
-            f"{head!r}; {_HEADS[info.kind]} is what auto means here."
+            "transformers(head=...) must be auto, mean or the name of a transformers model class, "
+            f"got {head!r}; {_HEADS[info.kind]} is what auto means here."
         )
     with _quiet(library):
         source = _on_hub(path) if folder is None else str(folder)
@@ -89,9 +95,13 @@ def transformers(
                     trust_remote_code=False,
                     **extra,
                 )
+                forward = module.forward
+                if head == "mean":
+                    module = MeanPooled(module, info.outputs)
+                    module.load_head(Path(source))
     if tokenizer is not None:
         # Tokenizers and models are mixed freely: what the model cannot take is not handed to it.
-        known = inspect.signature(module.forward).parameters
+        known = inspect.signature(forward).parameters
         names = [name for name in tokenizer.model_input_names if name in known]
         tokenizer.model_input_names = names
     processor = tokenizer if tokenizer is not None else _image_processor(Path(source), module)

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 import pytest
-from fwdlearn.allocators import Uniform
 
+from fwdlearn.allocators import Uniform
 from fwdlearn.keys import Key
 
 

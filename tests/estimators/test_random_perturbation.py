@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from fwdlearn.estimators import SPSA, RandomPerturbation
 from torch import Tensor
 
 from fwdlearn.allocator import Plan
 from fwdlearn.directions import Directions
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
+from fwdlearn.estimators import SPSA, RandomPerturbation
 from fwdlearn.keys import Key
 from fwdlearn.testing import (
     FunctionOracle,

@@ -10,10 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
-import fwdlearn.estimators
 import pytest
 import torch
 
+import fwdlearn.estimators
 from fwdlearn.allocator import Plan
 from fwdlearn.estimator import Estimator
 from fwdlearn.keys import Key

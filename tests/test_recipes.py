@@ -1,0 +1,62 @@
+"""Every shipped recipe trains on real data, shortened by overrides."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fwdlearn.recipe.evaluate import evaluate
+from fwdlearn.recipe.load import load_recipe
+from fwdlearn.recipe.locate import shipped
+from fwdlearn.recipe.run import train
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "movie-reviews"
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+# Recipe -> what it takes to run three steps of it.
+SHORT = {
+    "quickstart": ["trainer.steps=3"],
+    "fashion-mnist-vit": [
+        f"data.path={FASHION}",
+        "data.train_rows=64",
+        "data.evaluation_rows=32",
+        "trainer.steps=3",
+        "trainer.batch_size=8",
+    ],
+    "movie-reviews-minilm": [
+        f"data.path={SHARED}",
+        "data.train_rows=64",
+        "data.evaluation_rows=32",
+        "trainer.steps=3",
+        "trainer.batch_size=2",
+        "allocator.directions=2",
+    ],
+}
+
+
+def test_every_recipe_is_here() -> None:
+    assert set(SHORT) == set(shipped())
+
+
+@pytest.mark.parametrize("name", list(SHORT))
+def test_recipe_trains_and_evaluates(name: str, tmp_path: Path) -> None:
+    for word in SHORT[name]:
+        if word.startswith("data.path=") and not Path(word.partition("=")[2]).exists():
+            pytest.skip(f"{word.partition('=')[2]} is not on this machine")
+    words = [*SHORT[name], "trainer.device=cpu", f"output.dir={tmp_path / 'run'}"]
+    summary, folder = train(load_recipe(name, words))
+    assert summary["status"] == "finished" and summary["steps"] == 3
+    assert summary["engine.rung"] == "fold", summary["engine.reason"]
+    written = json.loads((folder / "summary.json").read_text())
+    assert written["eval.accuracy"] == summary["eval.accuracy"]
+    scores = evaluate(folder)
+    assert math.isclose(scores["loss"], summary["eval.loss"], rel_tol=1e-6)
+
+
+def test_recipes_open_with_their_purpose_and_command() -> None:
+    for name, text in shipped().items():
+        comment = text.partition("\n\n")[0].splitlines()
+        assert all(line.startswith("#") for line in comment), name
+        assert any(line.startswith(f"#   fwdlearn train {name}") for line in comment), name
