@@ -193,7 +193,8 @@ def _constant_by_row(call: Call, varying: Mapping[int, Varying], args: Any, kwar
     made = {}
     for result, rows, *seen in zip(results, call.use.outputs, *parts, strict=True):
         if rows is None:
-            delta = torch.stack([part - result for part in seen])
+            wide = torch.promote_types(result.dtype, torch.float32)
+            delta = torch.stack([part.to(wide) - result.to(wide) for part in seen])
             call.fold.carry(result, Varying(result, call.fold.queries.scale, delta=delta))
             made[id(result)] = result
         else:

@@ -8,6 +8,7 @@ cover it leaves to `call.by_row()`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ def conv(
         # Every row is a group of channels of one wide image, so that each has its own kernel.
         image = input.reshape(1, count * input.shape[1], *input.shape[2:])
         if varying.thin is None:
-            kernel = varying.dense().flatten(0, 1)
+            kernel = varying.dense().to(input.dtype).flatten(0, 1)
             wide = call.func(image, kernel, None, stride, padding, dilation, count * groups)
             out += wide.view(out.shape)
         else:
@@ -216,7 +217,9 @@ def _affine(
         return call.by_row()
     # A channel lies on axis 1, so its weights are followed by one axis for each axis after it.
     tail = [1] * (out.dim() - 2) if channels else []
-    shown, dim = _spread(out, rows, call.count), out.dim()
+    narrow, dim = out.dtype, out.dim()
+    out = out.to(torch.promote_types(narrow, torch.float32))
+    shown = _spread(out, rows, call.count)
     for value, inplace in ((weight, torch.Tensor.mul_), (bias, torch.Tensor.add_)):
         if value is None:
             continue
@@ -226,7 +229,7 @@ def _affine(
             continue
         batched = varying.batched()
         inplace(shown, _aligned(batched.reshape(*batched.shape, *tail), dim, rows))
-    return out
+    return out.to(narrow)
 
 
 def pointwise(call: Call, *args: Any, **kwargs: Any) -> Any:
@@ -250,8 +253,14 @@ def pointwise(call: Call, *args: Any, **kwargs: Any) -> Any:
             full = varying[id(value)].batched()
             return full.reshape(call.count, *[1] * (dim - value.dim()), *value.shape)
 
+        def still(value: Tensor) -> Tensor:
+            return value.to(varying[id(value)].wide) if id(value) in varying else value
+
         seen = call.func(*replaced(args, batched), **replaced(kwargs, batched))
-        return call.fold.carry(plain, Varying(plain, call.fold.queries.scale, delta=seen - plain))
+        # Against the plain values at the same width: their own rounding is no change.
+        delta = seen - call.func(*replaced(args, still), **replaced(kwargs, still))
+        wide = torch.promote_types(delta.dtype, torch.float32)
+        return call.fold.carry(plain, Varying(plain, call.fold.queries.scale, delta=delta.to(wide)))
 
     def shown(value: Tensor) -> Tensor:
         if id(value) in varying:
@@ -269,6 +278,10 @@ def pointwise(call: Call, *args: Any, **kwargs: Any) -> Any:
     out = call.func(*replaced(args, shown), **replaced(kwargs, shown))
     if writes:
         return first
+    dtypes = [t.dtype for t in operands]
+    if torch.float32 not in dtypes and torch.float64 not in dtypes:
+        # The wide sums must not widen what the model goes on with.
+        out = out.to(reduce(torch.promote_types, dtypes))
     return out.flatten(rows.axis, rows.axis + 1) if rows.flat else out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fwdlearn.directions import LowRank
@@ -21,7 +22,7 @@ class Varying:
         plain: the unperturbed tensor.
         scale: float [rows].
         thin: factors, left [rows, m, rank] and right [rows, n, rank].
-        delta: [rows, *plain.shape].
+        delta: `wide` [rows, *plain.shape].
     """
 
     plain: Tensor
@@ -40,33 +41,39 @@ class Varying:
         swapped = LowRank(self.thin.right, self.thin.left, self.thin.scale)
         return Varying(plain, self.scale, swapped)
 
+    @property
+    def wide(self) -> torch.dtype:
+        """float32, or float64 for float64: sums in a narrower dtype would swallow the change."""
+        return torch.promote_types(self.plain.dtype, torch.float32)
+
     def dense(self) -> Tensor:
-        """[rows, *plain.shape]: what each row adds."""
+        """`wide` [rows, *plain.shape]: what each row adds."""
         if self.delta is not None:
             return self.delta
         assert self.thin is not None
-        left = (
-            self.thin.left * (self.scale * self.thin.scale).to(self.thin.left.dtype)[:, None, None]
-        )
-        return (left @ self.thin.right.transpose(1, 2)).reshape(self.rows, *self.plain.shape)
+        scale = (self.scale * self.thin.scale).to(self.wide)[:, None, None]
+        left, right = self.thin.left.to(self.wide), self.thin.right.to(self.wide)
+        return (left * scale @ right.transpose(1, 2)).reshape(self.rows, *self.plain.shape)
 
     def batched(self) -> Tensor:
-        """[rows, *plain.shape]: what each row sees."""
-        return self.plain + self.dense()
+        """`wide` [rows, *plain.shape]: what each row sees."""
+        return self.plain.to(self.wide) + self.dense()
 
     def narrowed(self, row: int) -> Tensor:
-        """What one row sees."""
+        """What one row sees, in the dtype of the plain tensor."""
         one = slice(row, row + 1)
         if self.delta is not None:
-            return self.plain + self.delta[row]
-        assert self.thin is not None
-        thin = LowRank(self.thin.left[one], self.thin.right[one], self.thin.scale)
-        return Varying(self.plain, self.scale[one], thin).batched()[0]
+            value = self.plain.to(self.wide) + self.delta[row]
+        else:
+            assert self.thin is not None
+            thin = LowRank(self.thin.left[one], self.thin.right[one], self.thin.scale)
+            value = Varying(self.plain, self.scale[one], thin).batched()[0]
+        return value.to(self.plain.dtype)
 
     def thin_matrix(self, x: Tensor) -> Tensor:
         """x [rows, k, n] times what each row adds, transposed: [rows, k, m]."""
         if self.delta is not None:
-            return x @ self.delta.transpose(1, 2)
+            return x @ self.delta.to(x.dtype).transpose(1, 2)
         assert self.thin is not None
         inner = (x @ self.thin.right) * (self.scale * self.thin.scale).to(x.dtype)[:, None, None]
         return inner @ self.thin.left.transpose(1, 2)
@@ -77,5 +84,6 @@ def perturbed(name: str, plain: Tensor, queries: Queries) -> Varying:
     factors = queries.directions.factors(name, queries.direction)
     if isinstance(factors, LowRank):
         return Varying(plain, queries.scale, factors)
-    wide = queries.scale.to(plain.dtype).reshape(-1, *[1] * plain.dim())
-    return Varying(plain, queries.scale, delta=factors * wide)
+    wide = torch.promote_types(plain.dtype, torch.float32)
+    scale = queries.scale.to(wide).reshape(-1, *[1] * plain.dim())
+    return Varying(plain, queries.scale, delta=factors * scale)

@@ -149,3 +149,43 @@ def test_objective_is_called_with_rows_in_order() -> None:
     with torch.inference_mode():
         engine.losses(batch, ROW)
     torch.testing.assert_close(torch.cat(seen)[-len(ROW) :], batch.targets[ROW])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gain_near_one_moves_in_low_precision(dtype: torch.dtype) -> None:
+    """At 1e-3 most bfloat16 gains near one would round back; what rows see must not."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.layer_norm(torch.randn(4, 2**16, generator=generator), (2**16,))
+    for norm in (nn.LayerNorm(2**16, bias=False), nn.RMSNorm(2**16), _Gain()):
+        nn.init.uniform_(norm.weight, 0.8, 1.2, generator=generator)
+        model = norm.to(dtype)
+        engine = Engine(model, lambda output, targets: output.double().abs().mean(1), rung="fold")
+        batch = Batch((x.to(dtype),), torch.zeros(4))
+        ones = _Constant(Directions(Key.root(0), dict(engine.params), 1), 1.0)
+        row = torch.arange(4)
+        with torch.inference_mode():
+            clean = engine.losses(batch, row)
+            moved = engine.losses(batch, row, ones, torch.zeros(4, dtype=torch.int64), 1e-3)
+            # Results are rounded, which averages out over 65,536 of them.
+            change = (moved - clean) / (1e-3 * x.double().abs().mean(1))
+            torch.testing.assert_close(change, torch.ones_like(change), rtol=0.1, atol=0)
+
+
+class _Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2**16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x
+
+
+class _Constant(Directions):
+    """Directions whose entries are all equal."""
+
+    def __init__(self, family: Directions, value: float) -> None:
+        super().__init__(family.key, family.params, family.count, family.law, None)
+        object.__setattr__(self, "value", value)
+
+    def factors(self, name: str, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.full_like(super().factors(name, ids), self.value)  # type: ignore
