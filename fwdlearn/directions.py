@@ -195,7 +195,7 @@ class Directions:
             start += blocks
         return sites
 
-    @property
+    @cached_property
     def bytes_per_direction(self) -> int:
         """Bytes that one direction takes while it is kept."""
         return LAWS[self.law].raw_bytes_per_block * sum(s.blocks for s in self.sites.values())

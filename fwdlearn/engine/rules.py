@@ -70,7 +70,10 @@ def _product(
     if varying is not None:
         if right:
             varying = varying.transposed(weight.T)
-        y += varying.thin_matrix(flat).view(y.shape)
+        entries = y.reshape(call.count, -1, y.shape[-1])
+        varying.add_product(entries, flat)
+        if entries.data_ptr() != y.data_ptr():
+            y.copy_(entries.view(y.shape))
     shift = call.fold.varying(bias)
     if shift is not None:
         y += shift.dense().view(call.count, *[1] * (y.dim() - 2), -1)

@@ -70,13 +70,19 @@ class Varying:
             value = Varying(self.plain, self.scale[one], thin).batched()[0]
         return value.to(self.plain.dtype)
 
-    def thin_matrix(self, x: Tensor) -> Tensor:
-        """x [rows, k, n] times what each row adds, transposed: [rows, k, m]."""
+    def add_product(self, out: Tensor, x: Tensor) -> None:
+        """Adds to `out` [rows, k, m] x [rows, k, n] times what each row adds, transposed."""
         if self.delta is not None:
-            return x @ self.delta.to(x.dtype).transpose(1, 2)
+            out += x @ self.delta.to(x.dtype).transpose(1, 2)
+            return
         assert self.thin is not None
-        inner = (x @ self.thin.right) * (self.scale * self.thin.scale).to(x.dtype)[:, None, None]
-        return inner @ self.thin.left.transpose(1, 2)
+        left, right = self.thin.left.transpose(1, 2), self.thin.right.transpose(1, 2)
+        scale = (self.scale * self.thin.scale).to(x.dtype)[:, None, None]
+        if left.shape[1] == 1:
+            # Matrix products of one column are far from the speed of memory; these two are at it.
+            out.addcmul_(torch.linalg.vecdot(x, right).unsqueeze(2) * scale, left)
+        else:
+            out += (x @ right.transpose(1, 2) * scale) @ left
 
 
 def perturbed(name: str, plain: Tensor, queries: Queries) -> Varying:
