@@ -18,7 +18,8 @@ from torch import Tensor
 from fwdlearn.allocator import Allocator, Plan
 from fwdlearn.directions import Directions
 from fwdlearn.keys import Key
-from fwdlearn.testing.estimator_checks import ROOT, GlobalDraws, plain
+from fwdlearn.testing.estimator_case import ROOT
+from fwdlearn.testing.estimator_purity import GlobalDraws, plain
 from fwdlearn.testing.estimator_statistics import mean_figure
 from fwdlearn.testing.problems import Linear, flatten, numbers
 from fwdlearn.testing.report import Figure, NotApplicable, Suite, disturb, generator_states

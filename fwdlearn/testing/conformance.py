@@ -10,10 +10,10 @@ from fwdlearn.allocator import Allocator
 from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimator, Traits
 from fwdlearn.oracle import require
-
-# The second module adds its checks to the suite of the first.
 from fwdlearn.testing.allocator_checks import ALLOCATOR_CHECKS, AllocatorCase
-from fwdlearn.testing.estimator_statistics import ESTIMATOR_CHECKS, ROOT, SMALL, EstimatorCase
+from fwdlearn.testing.estimator_case import ROOT, EstimatorCase
+from fwdlearn.testing.estimator_checks import ESTIMATOR_CHECKS
+from fwdlearn.testing.estimator_statistics import SMALL
 from fwdlearn.testing.problems import Linear
 from fwdlearn.testing.report import Check, Report, Suite
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from fwdlearn.allocator import Plan
 from fwdlearn.directions import Directions
 from fwdlearn.keys import Key
-from fwdlearn.testing.estimator_checks import ESTIMATOR_CHECKS, ROOT, EstimatorCase, sizes
+from fwdlearn.testing.estimator_case import ROOT, EstimatorCase, sizes
 from fwdlearn.testing.problems import Linear, Logistic, Problem, Quadratic, flatten
-from fwdlearn.testing.report import Figure, NotApplicable
+from fwdlearn.testing.report import Figure, NotApplicable, Suite
 from fwdlearn.testing.settings import fresh
 
 FALSE_ALARM = 1e-6
@@ -34,7 +34,8 @@ SMALL = {"w": (3, 2), "bias": (2,), "head": (3, 2)}
 # Many numbers, so that a relative bias of order 1 / (their number) is small; few tensors.
 WIDE = {"w": (6, 6), "bias": (8,)}
 
-_check = ESTIMATOR_CHECKS.check
+CHECKS: Suite[EstimatorCase] = Suite()
+_check = CHECKS.check
 
 
 def z_limit(comparisons: int, repeats: int) -> float:
