@@ -12,7 +12,9 @@ FOLDER = Path(__file__).parent / "results"
 
 
 def write(path: Path, results: Any, device: str = "cpu") -> None:
-    """Writes results with the environment they were measured in."""
+    """Writes results with what matters of the environment they were measured in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment(device), "results": results}
+    facts = environment(device)
+    kept = ("fwdlearn", "python", "packages", "cpus", "device_name", "cuda", "git_commit")
+    record = {"environment": {name: facts[name] for name in kept}, "results": results}
     path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")

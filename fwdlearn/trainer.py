@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +19,7 @@ from fwdlearn.engine import Engine
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.keys import Key
-from fwdlearn.memory import peak_bytes
+from fwdlearn.memory import optimizer_bytes, peak_bytes, weights_bytes
 from fwdlearn.objectives import correct
 from fwdlearn.oracle import ModelOracle, forbid_backward, require
 
@@ -206,7 +204,7 @@ class Trainer:
             "eval.loss": scores.get("loss"),
             "eval.accuracy": scores.get("accuracy"),
             "memory.peak_bytes": peak_bytes(self.device),
-            "memory.weights_bytes": self._weights_bytes(),
+            "memory.weights_bytes": weights_bytes(self.model),
             "engine.rung": choice.rung,
             "engine.reason": choice.reason,
             "seed": self.seed,
@@ -248,7 +246,7 @@ class Trainer:
         return {
             "rung": choice.rung,
             "reason": choice.reason,
-            "memory_bytes": peak_bytes(self.device) + self._optimizer_bytes(),
+            "memory_bytes": peak_bytes(self.device) + optimizer_bytes(self.optimizer),
             "queries_per_second": queries / min(seconds[1:]),
             "queries_per_step": queries,
             "rows": self.batch_size,
@@ -372,23 +370,6 @@ class Trainer:
     def _tell(self, event: str, message: dict[str, Any]) -> None:
         for sink in self.sinks:
             getattr(sink, event)(message)
-
-    def _weights_bytes(self) -> int:
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def _optimizer_bytes(self) -> int:
-        """What the optimizer will keep beside the weights, found on a matrix of its own."""
-        probe = nn.Parameter(torch.zeros(2, 2))
-        probe.grad = torch.ones(2, 2)
-        twin = copy.copy(self.optimizer)
-        twin.state = defaultdict(dict)
-        twin.param_groups = [{**self.optimizer.param_groups[0], "params": [probe]}]
-        # A schedule has wrapped the step of the original; the class's own knows nothing of it.
-        type(twin).step(twin)
-        values = twin.state[probe].values()
-        kept = sum(isinstance(value, Tensor) and value.shape == probe.shape for value in values)
-        return kept * sum(p.numel() * p.element_size() for p in self.engine.params.values())
 
 
 class _training:
