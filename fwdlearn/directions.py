@@ -24,7 +24,7 @@ from fwdlearn.keys import Key, stream_id
 # Numbers of a family that are kept between the forward passes and the update, in bytes.
 _KEEP_BYTES = 256 * 2**20
 # Numbers expanded at once, so that building a gradient needs little beside the gradient.
-_EXPAND_BYTES = 64 * 2**20
+_EXPAND_BYTES = 16 * 2**20
 
 
 class Law(ABC):
