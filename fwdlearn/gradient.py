@@ -45,12 +45,13 @@ class DirectionGradient(Mapping[str, Tensor]):
             coefficients = self.coefficients[chunk].to(family.device, dtype) / site.scale**2
             if isinstance(factors, Tensor):
                 part = torch.tensordot(coefficients, factors.to(dtype), 1)
-            else:
-                weighted = factors.left.to(dtype) * (coefficients * factors.scale)[:, None, None]
-                left = weighted.transpose(0, 1).flatten(1)
-                right = factors.right.to(dtype).transpose(0, 1).flatten(1)
-                part = left @ right.T
-            total = part if total is None else total.add_(part)
+                total = part if total is None else total.add_(part)
+                continue
+            weighted = factors.left.to(dtype) * (coefficients * factors.scale)[:, None, None]
+            left = weighted.transpose(0, 1).flatten(1)
+            right = factors.right.to(dtype).transpose(0, 1).flatten(1).T
+            # In place, so that one dense gradient is alive and no second one beside it.
+            total = left @ right if total is None else total.addmm_(left, right)
         if total is None:
             return torch.zeros(site.shape, dtype=dtype, device=family.device)
         return total.reshape(site.shape)

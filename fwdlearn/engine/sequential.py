@@ -66,8 +66,8 @@ def perturbed_copy(
     for name, value in params.items():
         ids = torch.tensor([direction], device=value.device)
         wide = torch.promote_types(value.dtype, torch.float32)
-        step = directions.dense(name, ids)[0].to(wide) * scale
-        copy[name] = (value.to(wide) + step).to(value.dtype)
+        step = directions.dense(name, ids)[0].to(wide)
+        copy[name] = torch.add(value.to(wide), step, alpha=scale).to(value.dtype)
     return copy
 
 
