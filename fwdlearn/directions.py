@@ -143,7 +143,7 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """[count, m, n]."""
-        return (self.left @ self.right.transpose(1, 2)) * self.scale
+        return (self.left @ self.right.transpose(1, 2)).mul_(self.scale)
 
     def square_norm(self) -> Tensor:
         """float64 [count], |E|^2 without forming E."""

@@ -54,6 +54,8 @@ def run(
             if out is None:
                 out = losses.new_empty(len(queries))
             out[part] = losses
+        # Not alive beside the next one.
+        del copy
     assert out is not None
     return out
 
