@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fwdlearn.allocator import Allocator, Plan
 from fwdlearn.batch import Batch
 from fwdlearn.data.types import Data, Dataset
-from fwdlearn.engine import Engine
+from fwdlearn.engine import Choice, Engine
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.keys import Key
@@ -180,6 +180,10 @@ class Trainer:
             for step in range(1, self._planned() + 1):
                 started = time.monotonic()
                 estimate, state, plans = self._estimate(step - 1, state, plans)
+                if self.engine.choice is not choice:
+                    choice = self._choose()
+                    stepped = {"engine.rung": choice.rung, "engine.reason": choice.reason}
+                    self._log(step, spent, begun, stepped)
                 lr = self.optimizer.param_groups[0]["lr"]
                 square_norm = self._update(estimate)
                 spent += estimate.queries
@@ -313,10 +317,11 @@ class Trainer:
         assert self.budget is not None
         return self.budget // self.estimator.traits.queries(plan)
 
-    def _choose(self) -> Any:
+    def _choose(self) -> Choice:
         if self.engine.choice is None:
             with forbid_backward(), torch.inference_mode():
                 self.engine.choose(self.batch(0), self.key.fold("dropout"))
+        assert self.engine.choice is not None
         return self.engine.choice
 
     def _check_parts(self) -> None:

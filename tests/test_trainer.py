@@ -282,3 +282,25 @@ def test_an_estimator_whose_need_is_not_met_names_both_sides() -> None:
         UsageError, match="Sloped needs slopes .SlopeOracle.; ModelOracle offers only losses"
     ):
         trainer(estimator=replace(Sloped()))
+
+
+def test_a_step_down_in_the_middle_is_reported() -> None:
+    class Fickle(nn.Module):
+        """After a while it reads a weight into Python."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 4)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            factor = float(self.inner.bias.sum().item() > 9) if self.calls > 60 else 0.0
+            return self.inner(x) * (1 + factor)
+
+    sink = Memory()
+    summary = trainer(Fickle(), steps=40, sinks=[sink]).train()
+    assert sink.meta["rung"] == "fold"
+    (said,) = [r for r in sink.records if "engine.rung" in r]
+    assert said["engine.rung"] == summary["engine.rung"] == "sequential"
+    assert "takes a parameter out of torch" in said["engine.reason"]

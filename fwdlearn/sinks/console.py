@@ -67,6 +67,8 @@ class Console:
         loss = record.get("train.loss")
         if loss is not None and math.isfinite(loss):
             self._losses.append(loss)
+        if "engine.rung" in record:
+            self.warn(f"now on the {record['engine.rung']} rung: {record['engine.reason']}")
         evaluated = "eval.loss" in record
         if self._live is None and loss is not None:
             self._say(self._line())
