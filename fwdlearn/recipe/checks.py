@@ -108,7 +108,7 @@ def _check_needs(component: Component, estimator: Any) -> list[Problem]:
         return []
     message = (
         f"{component.name} needs {needs.__name__}; ModelOracle lacks {', '.join(lacking)}. "
-        "Choose an estimator that needs LossOracle, such as RandomPerturbation."
+        "Choose an estimator that needs LossOracle alone (`fwdlearn ls` shows what each one needs)."
     )
     return [Problem((*component.path, "name"), message)]
 

@@ -349,7 +349,8 @@ def test_needs_that_the_oracle_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = GOOD.replace("RandomPerturbation", "needy:Needy").replace("  sigma: 0.01\n", "")
     assert str(_error(tmp_path, text)).endswith(
         "r.yaml:4:9: estimator.name: needy:Needy needs HessianOracle; ModelOracle lacks "
-        "curvatures. Choose an estimator that needs LossOracle, such as RandomPerturbation."
+        "curvatures. Choose an estimator that needs LossOracle alone (`fwdlearn ls` shows "
+        "what each one needs)."
     )
 
 
