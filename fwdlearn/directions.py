@@ -11,7 +11,7 @@ import fnmatch
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import ClassVar
 
@@ -25,6 +25,10 @@ from fwdlearn.keys import Key, stream_id
 _KEEP_BYTES = 256 * 2**20
 # Numbers expanded at once, so that building a gradient needs little beside the gradient.
 _EXPAND_BYTES = 16 * 2**20
+# What three passes over the same numbers find again in a cache.
+_CACHE_BYTES = 2**20
+# A parameter with more numbers a direction is expanded alone, and only where it is asked for.
+_LONG = 2**15
 
 
 class Law(ABC):
@@ -39,11 +43,15 @@ class Law(ABC):
 
     @abstractmethod
     def raw(self, words: Tensor) -> Tensor:
-        """int64 [count, blocks, 4] -> the kept form [count, blocks, ...]."""
+        """int64 [..., 4] -> the kept form [..., 4], four bytes each."""
 
     @abstractmethod
     def expand(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
-        """The kept form -> [count, blocks * numbers_per_block] of `dtype`."""
+        """The kept form [count, blocks, 4] -> [count, blocks * numbers_per_block] of `dtype`."""
+
+    @abstractmethod
+    def pick(self, raw: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers at int64 `index` [count, k] of what `expand` would give: [count, k]."""
 
 
 class Rademacher(Law):
@@ -54,12 +62,29 @@ class Rademacher(Law):
     raw_bytes_per_block = 16
 
     def raw(self, words: Tensor) -> Tensor:
-        shifts = torch.arange(0, 32, 8, device=words.device)
-        return ((words.unsqueeze(-1) >> shifts) & 0xFF).to(torch.uint8).flatten(2)
+        return words.to(torch.int32)
 
     def expand(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
-        signs = torch.nn.functional.embedding(raw.int(), _sign_table(dtype, raw.device))
-        return signs.flatten(1)
+        count, words = len(raw), raw.flatten(1)
+        # The bit moves to the sign of a one that is written as an integer of the same width.
+        short = dtype in _SHORT_ONES
+        size, ones = (torch.int16, _SHORT_ONES[dtype]) if short else (torch.int32, 0x3F800000)
+        words = words.contiguous().view(size)
+        width = 8 * size.itemsize
+        shifts = torch.arange(width - 1, -1, -1, dtype=size, device=raw.device)
+        sign = -(1 << (width - 1))
+        out = torch.empty(count, words.shape[1], width, dtype=size, device=raw.device)
+        step = max(1, _CACHE_BYTES // max(1, out[:1].numel() * size.itemsize))
+        for start in range(0, count, step):
+            part = out[start : start + step]
+            torch.bitwise_left_shift(words[start : start + step, :, None], shifts, out=part)
+            # A set bit is +1.
+            part.bitwise_and_(sign).bitwise_xor_(sign | ones)
+        return out.view(dtype if short else torch.float32).flatten(1).to(dtype)
+
+    def pick(self, raw: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+        words = raw.flatten(1).gather(1, index >> 5)
+        return (((words >> (index & 31)) & 1) * 2 - 1).to(dtype)
 
 
 class Gaussian(Law):
@@ -75,21 +100,19 @@ class Gaussian(Law):
         radius = torch.sqrt(-2 * torch.log(uniform[..., 0::2]))
         angle = 2 * math.pi * uniform[..., 1::2]
         pair = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-        return pair.flatten(2).float()
+        return pair.flatten(-2).float()
 
     def expand(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
         return raw.flatten(1).to(dtype)
 
+    def pick(self, raw: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+        return raw.flatten(1).gather(1, index).to(dtype)
+
 
 LAWS: Mapping[str, Law] = {law.name: law for law in (Rademacher(), Gaussian())}
 
-
-@lru_cache
-def _sign_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[256, 8]: the eight signs of a byte, lowest bit first."""
-    with torch.inference_mode(False):
-        bits = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1
-        return (2 * bits - 1).to(device, dtype)
+# 1.0 as the integer that a short dtype stores.
+_SHORT_ONES = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
 
 
 @dataclass(frozen=True)
@@ -102,6 +125,7 @@ class Site:
         dtype: of the factors; the parameter's own, so that what is measured is what is applied.
         rank: of the product; 0 for independent entries.
         scale: size of the direction here, relative to the rest.
+        numbers: how many a direction takes.
         start: first block of the family that belongs to this parameter.
         blocks: how many there are.
     """
@@ -111,6 +135,7 @@ class Site:
     dtype: torch.dtype
     rank: int
     scale: float
+    numbers: int
     start: int
     blocks: int
 
@@ -118,6 +143,21 @@ class Site:
     def matrix(self) -> tuple[int, int]:
         """The parameter as (m, n): leading ones dropped, trailing dimensions flattened."""
         return _as_matrix(self.shape)
+
+    @property
+    def long(self) -> bool:
+        """Whether it is left out of the buffer that holds the numbers of all parameters."""
+        return self.numbers > _LONG
+
+    def form(self, numbers: Tensor) -> LowRank | Tensor:
+        """What perturbs the parameter, from its numbers [count, at least `self.numbers`]."""
+        m, n = self.matrix
+        if not self.rank:
+            dense = numbers[:, : m * n].reshape(-1, *self.shape)
+            return dense if self.scale == 1 else dense * self.scale
+        left, right = numbers[:, : self.numbers].split((self.rank * m, self.rank * n), 1)
+        shape = (len(numbers), -1, self.rank)
+        return LowRank(left.reshape(shape), right.reshape(shape), self.rank**-0.5 * self.scale)
 
 
 def _as_matrix(shape: torch.Size) -> tuple[int, int]:
@@ -182,39 +222,29 @@ class Directions:
 
     @cached_property
     def sites(self) -> Mapping[str, Site]:
-        per_block = LAWS[self.law].numbers_per_block
-        sites, start = {}, 0
-        for name, value in self.params.items():
-            m, n = _as_matrix(value.shape)
-            # A product with a side of length one is no shorter than the entries themselves.
-            rank = 0 if self.rank is None or min(m, n) == 1 else self.rank
-            numbers = rank * (m + n) if rank else m * n
-            blocks = -(-numbers // per_block)
-            scale = (self.scales or {}).get(name, 1.0)
-            sites[name] = Site(name, value.shape, value.dtype, rank, scale, start, blocks)
-            start += blocks
-        return sites
+        sizes = self.scales or {}
+        shapes = (
+            (name, value.shape, value.dtype, sizes.get(name, 1.0))
+            for name, value in self.params.items()
+        )
+        return _sites(tuple(shapes), self.law, self.rank)
 
     @cached_property
     def bytes_per_direction(self) -> int:
         """Bytes that one direction takes while it is kept."""
-        return LAWS[self.law].raw_bytes_per_block * sum(s.blocks for s in self.sites.values())
+        return LAWS[self.law].raw_bytes_per_block * self._blocks()
 
     @property
     def device(self) -> torch.device:
         return next(iter(self.params.values())).device
 
-    def factors(self, name: str, ids: Tensor) -> LowRank | Tensor:
+    def at(self, ids: Tensor | slice) -> Factors:
+        """Some of the directions, ready to be asked for one parameter after the other."""
+        return Factors(self, ids)
+
+    def factors(self, name: str, ids: Tensor | slice) -> LowRank | Tensor:
         """What perturbs one parameter: `LowRank`, or [len(ids), *shape] where it is dense."""
-        site = self.sites[name]
-        numbers = LAWS[self.law].expand(self._raw(site, ids), site.dtype)
-        m, n = site.matrix
-        if not site.rank:
-            dense = numbers[:, : m * n].reshape(-1, *site.shape)
-            return dense if site.scale == 1 else dense * site.scale
-        left, right = numbers[:, : site.rank * (m + n)].split((site.rank * m, site.rank * n), 1)
-        shape = (len(ids), -1, site.rank)
-        return LowRank(left.reshape(shape), right.reshape(shape), site.rank**-0.5 * site.scale)
+        return self.at(ids)[name]
 
     def dense(self, name: str, ids: Tensor) -> Tensor:
         """[len(ids), *shape]: the directions of one parameter written out, in its dtype."""
@@ -240,44 +270,144 @@ class Directions:
 
     def chunks(self, name: str, count: int) -> Iterator[slice]:
         """Slices of `count` directions whose numbers for `name` fit in a fixed space."""
-        m, n = self.sites[name].matrix
-        rank = self.sites[name].rank
-        numbers = rank * (m + n) if rank else m * n
-        size = max(1, _EXPAND_BYTES // (4 * numbers))
+        size = max(1, _EXPAND_BYTES // (4 * self.sites[name].numbers))
         for start in range(0, count, size):
             yield slice(start, min(start + size, count))
 
-    def _raw(self, site: Site, ids: Tensor) -> Tensor:
-        if self.bytes_per_direction * self.count > _KEEP_BYTES:
-            return self._generate(ids, site.start, site.start + site.blocks)
-        return self._kept[ids, site.start : site.start + site.blocks]
+    def raw(self, ids: Tensor | slice, start: int, stop: int) -> Tensor:
+        """The kept form of some blocks, [len(ids), stop - start, 4]."""
+        if self.bytes_per_direction * self.count <= _KEEP_BYTES:
+            return self._kept[:, start:stop][ids]
+        if isinstance(ids, slice):
+            ids = torch.arange(self.count, device=self.device)[ids]
+        return self._generate(ids, start, stop)
+
+    @cached_property
+    def expanded(self) -> Tensor | None:
+        """Every number of every direction, where that is little and of one dtype."""
+        dtypes = {site.dtype for site in self.sites.values()}
+        blocks = self._blocks(long=False)
+        numbers = LAWS[self.law].numbers_per_block * blocks * self.count
+        if len(dtypes) > 1 or 4 * numbers > _EXPAND_BYTES:
+            return None
+        with torch.inference_mode(False):
+            return LAWS[self.law].expand(self.raw(slice(None), 0, blocks), dtypes.pop())
+
+    def _blocks(self, long: bool = True) -> int:
+        """Blocks of a direction, with or without those of long parameters, which come last."""
+        ends = [site.start + site.blocks for site in self.sites.values() if long or not site.long]
+        return max(ends, default=0)
 
     @cached_property
     def _kept(self) -> Tensor:
-        blocks = sum(site.blocks for site in self.sites.values())
-        return self._generate(torch.arange(self.count, device=self.device), 0, blocks)
-
-    @cached_property
-    def _counters(self) -> tuple[Tensor, Tensor, Tensor]:
-        block, low, high = [], [], []
-        for site in self.sites.values():
-            words = stream_id(site.name)
-            block.append(torch.arange(site.blocks))
-            low.append(torch.full((site.blocks,), words[0]))
-            high.append(torch.full((site.blocks,), words[1]))
-        return tuple(torch.cat(part).to(self.device) for part in (block, low, high))  # type: ignore[return-value]
+        ids = torch.arange(self.count, device=self.device)
+        return self._generate(ids, 0, self._blocks())
 
     def _generate(self, ids: Tensor, start: int, stop: int) -> Tensor:
         law = LAWS[self.law]
+        streams = tuple((site.name, site.blocks) for site in _in_order(self.sites))
         # The buffers outlive inference mode: an optimizer may work on them in place.
         with torch.inference_mode(False):
-            block, low, high = (part[start:stop] for part in self._counters)
+            block, low, high = (part[start:stop] for part in _counters(streams, self.device))
             size = max(1, _EXPAND_BYTES // (64 * max(1, stop - start)))
             parts = []
             for chunk in ids.split(size):
                 words = self.key.words(block, chunk.unsqueeze(1), (low, high))
                 parts.append(law.raw(words))
-            return torch.cat(parts)
+            return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+class Factors:
+    """Some directions of a family: the numbers of all short parameters lie in one buffer.
+
+    Args:
+        family: the family.
+        ids: int64 [count], or a slice.
+    """
+
+    def __init__(self, family: Directions, ids: Tensor | slice) -> None:
+        self.family, self.ids = family, ids
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def __getitem__(self, name: str) -> LowRank | Tensor:
+        """`LowRank`, or [count, *shape] where the directions are dense."""
+        site = self.family.sites[name]
+        law = LAWS[self.family.law]
+        if site.long:
+            raw = self.family.raw(self.ids, site.start, site.start + site.blocks)
+            return site.form(law.expand(raw, site.dtype))
+        start = site.start * law.numbers_per_block
+        return site.form(self._buffer(site.dtype)[:, start : start + site.numbers])
+
+    def picked(self, name: str, entries: Tensor) -> LowRank:
+        """The factors of a matrix with the left one at some of its rows alone.
+
+        Args:
+            entries: int64 [count, k], rows of the matrix.
+
+        Returns:
+            left [count, k, rank], right [count, n, rank].
+        """
+        site, law = self.family.sites[name], LAWS[self.family.law]
+        if not site.long:
+            whole = self[name]
+            assert isinstance(whole, LowRank)
+            number = torch.arange(len(entries), device=entries.device)[:, None]
+            return LowRank(whole.left[number, entries], whole.right, whole.scale)
+        raw = self.family.raw(self.ids, site.start, site.start + site.blocks)
+        place = torch.arange(site.rank, device=entries.device)
+        index = (entries.unsqueeze(-1) * site.rank + place).flatten(1)
+        left = law.pick(raw, index, site.dtype).view(*entries.shape, site.rank)
+        m, n = site.matrix
+        index = torch.arange(site.rank * m, site.numbers, device=entries.device)
+        right = law.pick(raw, index.expand(len(raw), -1), site.dtype).view(len(raw), n, site.rank)
+        return LowRank(left, right, site.rank**-0.5 * site.scale)
+
+    def _buffer(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._buffers:
+            whole = self.family.expanded
+            if whole is not None:
+                self._buffers[dtype] = whole[self.ids]
+            else:
+                law, blocks = LAWS[self.family.law], self.family._blocks(long=False)
+                with torch.inference_mode(False):
+                    raw = self.family.raw(self.ids, 0, blocks)
+                    self._buffers[dtype] = law.expand(raw, dtype)
+        return self._buffers[dtype]
+
+
+@lru_cache(maxsize=64)
+def _sites(
+    shapes: tuple[tuple[str, torch.Size, torch.dtype, float], ...], law: str, rank: int | None
+) -> Mapping[str, Site]:
+    per_block = LAWS[law].numbers_per_block
+    sites = []
+    for name, shape, dtype, scale in shapes:
+        m, n = _as_matrix(shape)
+        # A product with a side of length one is no shorter than the entries themselves.
+        own = 0 if rank is None or min(m, n) == 1 else rank
+        numbers = own * (m + n) if own else m * n
+        sites.append(Site(name, shape, dtype, own, scale, numbers, 0, -(-numbers // per_block)))
+    start, placed = 0, {}
+    for site in sorted(sites, key=lambda site: site.long):
+        placed[site.name] = replace(site, start=start)
+        start += site.blocks
+    return {site.name: placed[site.name] for site in sites}
+
+
+def _in_order(sites: Mapping[str, Site]) -> list[Site]:
+    return sorted(sites.values(), key=lambda site: site.start)
+
+
+@lru_cache(maxsize=16)
+def _counters(
+    streams: tuple[tuple[str, int], ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For every block of a direction: its number within its stream, and the stream's two words."""
+    block = torch.cat([torch.arange(blocks) for _, blocks in streams])
+    words = torch.tensor([stream_id(name) for name, _ in streams])
+    words = words.repeat_interleave(torch.tensor([blocks for _, blocks in streams]), 0)
+    return block.to(device), words[:, 0].to(device), words[:, 1].to(device)
 
 
 def scales_of(

@@ -38,18 +38,18 @@ class DirectionGradient(Mapping[str, Tensor]):
         family = self.directions
         site = family.sites[name]
         dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
-        ids = torch.arange(family.count, device=family.device)
         total: Tensor | None = None
         for chunk in family.chunks(name, family.count):
-            factors = family.factors(name, ids[chunk])
+            factors = family.factors(name, chunk)
             coefficients = self.coefficients[chunk].to(family.device, dtype) / site.scale**2
             if isinstance(factors, Tensor):
                 part = torch.tensordot(coefficients, factors.to(dtype), 1)
                 total = part if total is None else total.add_(part)
                 continue
             weighted = factors.left.to(dtype) * (coefficients * factors.scale)[:, None, None]
-            left = weighted.transpose(0, 1).flatten(1)
-            right = factors.right.to(dtype).transpose(0, 1).flatten(1).T
+            # [m, directions * rank] and [directions * rank, n]; views where the rank is one.
+            left = weighted.transpose(1, 2).flatten(0, 1).T
+            right = factors.right.to(dtype).transpose(1, 2).flatten(0, 1)
             # In place, so that one dense gradient is alive and no second one beside it.
             total = left @ right if total is None else total.addmm_(left, right)
         if total is None:

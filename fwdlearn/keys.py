@@ -31,19 +31,39 @@ def philox4x32(
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2**32).
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    # Words 0 and 2 are multiplied, 1 and 3 are not: held in pairs, a round is seven operations.
+    even, odd = torch.stack((c0, c2)), torch.stack((c3, c1))
+    column = (2, *[1] * c0.dim())
+    multipliers = torch.tensor(_MULTIPLIERS, device=even.device).view(column)
+    keys = torch.tensor(_round_keys(*key), device=even.device).view(10, *column)
+    product, high = torch.empty_like(even), torch.empty_like(even)
+    for number in range(10):
+        torch.mul(even, multipliers, out=product)
         # The product wraps modulo 2**64; an arithmetic shift and the mask give its high word.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
+        torch.bitwise_right_shift(product, 32, out=high).bitwise_and_(_MASK)
+        torch.bitwise_xor(high[1], odd[1], out=even[0])
+        torch.bitwise_xor(high[0], odd[0], out=even[1])
+        even.bitwise_xor_(keys[number])
+        torch.bitwise_and(product, _MASK, out=odd)
+    return even[0], odd[1], even[1], odd[0]
+
+
+def _round_keys(k0: int, k1: int) -> list[tuple[int, int]]:
+    rounds = []
+    for _ in range(10):
+        rounds.append((k0, k1))
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return rounds
+
+
+def _single(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int]:
+    """The first two words of one block, in plain integers: a key needs no tensors."""
+    c0, c1, c2, c3 = counter
+    for k0, k1 in _round_keys(*key):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK
+    return c0, c1
 
 
 def stream_id(name: str) -> tuple[int, int]:
@@ -82,9 +102,7 @@ class Key:
             if not 0 <= data < 2**64:
                 raise ValueError(f"Key.fold(data) must lie in [0, 2**64), got {data!r}.")
             words, stream = (data & _MASK, data >> 32), _FOLD_STREAM
-        counter = tuple(torch.tensor(word) for word in (*words, *stream))
-        low, high, _, _ = philox4x32(counter, (self.low, self.high))  # type: ignore[arg-type]
-        return Key(int(low), int(high))
+        return Key(*_single((*words, *stream), (self.low, self.high)))
 
     def words(self, block: Tensor, direction: Tensor, stream: tuple[Tensor, Tensor]) -> Tensor:
         """Random words by address.
