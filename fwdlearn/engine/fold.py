@@ -8,7 +8,7 @@ parameter, which is slow and right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fwdlearn.directions import LowRank
 from fwdlearn.engine.queries import Queries
 from fwdlearn.engine.trace import Rows, TraceError, Use, opened, tensors, unchanged
-from fwdlearn.engine.varying import Varying, perturbed
+from fwdlearn.engine.varying import Varying
 
 
 class Fold(TorchFunctionMode):
@@ -42,6 +43,11 @@ class Fold(TorchFunctionMode):
         self.names, self.uses, self.rules = names, uses, rules
         self.queries = queries
         self.cursor = 0
+        group = queries.group
+        self.scale = queries.scale[::group]
+        self.factors = queries.directions.at(queries.direction[::group])
+        # Tensors made of parameters alone, kept alive so that no other takes their id.
+        self._made: dict[int, tuple[Tensor, Varying | None]] = {}
 
     @property
     def rows(self) -> int:
@@ -55,9 +61,9 @@ class Fold(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
+        if not self._takes(args) and not (kwargs and self._takes(kwargs.values())):
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if not any(self.is_made(t) for t in tensors((args, kwargs))):
-            return func(*args, **kwargs)
         if func not in self.rules and (inside := opened(func)) is not None:
             with self:
                 return inside(*args, **kwargs)
@@ -71,25 +77,64 @@ class Fold(TorchFunctionMode):
         self.cursor += 1
         if call.use.constant:
             for result in tensors(out):
-                if not hasattr(result, "_fwdlearn_varying"):
-                    result._fwdlearn_varying = (self, None)  # type: ignore[attr-defined]
+                self._made.setdefault(id(result), (result, None))
         return out
+
+    def _takes(self, values: Iterable[Any]) -> bool:
+        """Whether a parameter, or something made of parameters alone, is among the values."""
+        names, made = self.names, self._made
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in names or id(value) in made:
+                    return True
+            elif isinstance(value, (tuple, list)):
+                if self._takes(value):
+                    return True
+            elif isinstance(value, dict) and self._takes(value.values()):
+                return True
+        return False
 
     def is_made(self, value: Tensor) -> bool:
         """Whether it is a parameter, or made of parameters alone."""
-        return id(value) in self.names or getattr(value, "_fwdlearn_varying", (None,))[0] is self
+        return id(value) in self.names or id(value) in self._made
+
+    def grouped(self, value: Any) -> Varying | None:
+        """What points see of a parameter, or of something made of parameters alone."""
+        name = self.names.get(id(value))
+        if name is None:
+            return self._made.get(id(value), (None, None))[1]
+        factors, group = self.factors[name], self.queries.group
+        if isinstance(factors, LowRank):
+            return Varying(value, self.scale, factors, group=group)
+        wide = torch.promote_types(value.dtype, torch.float32)
+        scale = self.scale.to(wide).reshape(-1, *[1] * value.dim())
+        return Varying(value, self.scale, delta=factors * scale, group=group)
 
     def varying(self, value: Any) -> Varying | None:
-        """What rows see of a parameter, or of something made of parameters alone."""
+        """The same with a point for each row."""
+        grouped = self.grouped(value)
+        return None if grouped is None else grouped.by_row()
+
+    def picked(self, value: Any, entries: Tensor) -> LowRank | None:
+        """The factors of a parameter, the left one at some rows of it alone; None if dense.
+
+        Args:
+            entries: int64 [rows, k].
+
+        Returns:
+            left [rows, k, rank], right [rows, n, rank].
+        """
         name = self.names.get(id(value))
-        if name is not None:
-            return perturbed(name, value, self.queries)
-        owner, varying = getattr(value, "_fwdlearn_varying", (None, None))
-        return varying if owner is self else None
+        if name is None or not self.queries.directions.sites[name].rank:
+            return None
+        group = self.queries.group
+        thin = self.factors.picked(name, entries.reshape(len(entries) // group, -1))
+        left = thin.left.view(*entries.shape, -1)
+        return LowRank(left, thin.right.repeat_interleave(group, 0), thin.scale)
 
     def carry(self, plain: Tensor, varying: Varying) -> Tensor:
         """`plain`, marked as a tensor whose rows see `varying`."""
-        plain._fwdlearn_varying = (self, varying)  # type: ignore[attr-defined]
+        self._made[id(plain)] = (plain, varying)
         return plain
 
     def _unseen(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -159,17 +159,17 @@ class Engine:
         return torch.cat(parts)
 
     def _fold(self, queries: Queries, block: int | None = None) -> Tensor:
+        together, order = queries.together()
         parts = []
-        size = block or self.block(queries.batch)
-        for start in range(0, len(queries), size):
-            some = queries.at(slice(start, start + size))
+        for some in together.blocks(block or self.block(queries.batch)):
             rows = some.inputs()
             fold = Fold(self._names, self._uses, RULES, some)
             with some.masks(), fold:
                 output = self.model(*rows.args, **rows.kwargs)
             fold.finish()
             parts.append(self.row_losses(output, rows))
-        return torch.cat(parts)
+        losses = torch.cat(parts)
+        return losses if order is None else torch.empty_like(losses).index_copy_(0, order, losses)
 
     def _sequential(self, queries: Queries, block: int | None = None) -> Tensor:
         size = block or self.block(queries.batch)

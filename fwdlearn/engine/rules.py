@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fwdlearn.engine.fold import Call, Rule, replaced
 from fwdlearn.engine.trace import Rows, TraceError, tensors
@@ -30,9 +30,9 @@ _POINTWISE = {
 
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     rows = call.rows(input)
-    if rows is None or weight.dim() != 2 or call.fold.varying(input) is not None:
+    if rows is None or weight.dim() != 2 or call.fold.is_made(input):
         return call.by_row()
-    return _product(call, F.linear(input, weight, bias), input, rows, weight, bias)
+    return _product(call, input, rows, weight, bias)
 
 
 def matmul(call: Call, input: Tensor, other: Tensor, **kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ def matmul(call: Call, input: Tensor, other: Tensor, **kwargs: Any) -> Any:
     rows = call.rows(input)
     if rows is None or rows.axis == input.dim() - 1:
         return call.by_row()
-    return _product(call, call.func(input, other), input, rows, other, None, right=True)
+    return _product(call, input, rows, other, None, right=True)
 
 
 def addmm(call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Any:
@@ -50,38 +50,69 @@ def addmm(call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) 
     rows = call.rows(mat1)
     if rows is None or rows.axis != 0:
         return call.by_row()
-    return _product(call, call.func(input, mat1, mat2), mat1, rows, mat2, input, right=True)
+    return _product(call, mat1, rows, mat2, input, right=True)
 
 
 def _product(
-    call: Call,
-    out: Tensor,
-    input: Tensor,
-    rows: Rows,
-    weight: Tensor,
-    bias: Tensor | None,
-    right: bool = False,
+    call: Call, x: Tensor, rows: Rows, weight: Tensor, bias: Tensor | None, right: bool = False
+) -> Tensor:
+    """`x` times a matrix of each row's own, plus a bias of each row's own."""
+
+    def plain(x: Tensor) -> Tensor:
+        if not right:
+            return F.linear(x, weight, bias)
+        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+    varying, shift = call.fold.grouped(weight), call.fold.varying(bias)
+    if varying is not None and right:
+        varying = varying.transposed(weight.T)
+    inline = rows.axis == 0 and not rows.minor and x.is_contiguous()
+    if varying is None or not inline or type(weight) not in (Tensor, nn.Parameter):
+        out = plain(x)
+        return _corrected(call, out, x, rows, varying, shift)
+    repeats = call.fold.queries.repeats if call.use.clean else None
+    if repeats is not None:
+        # The queries of a row still see the same input: one product serves them all.
+        few = rows.last(rows.first(x, call.count)[repeats.first])
+        out = rows.last(rows.first(plain(few), len(repeats.first))[repeats.inverse])
+        return _corrected(call, out, x, rows, varying, shift)
+    matrix = weight if right else weight.T
+    n, m = matrix.shape
+    points = varying.points
+    x_points = x.view(points, -1, n)
+    base = bias
+    if shift is not None:
+        # At the width of its sums: rounded by itself, a small change of a bias would be lost.
+        base = (
+            shift.batched()
+            .view(points, -1, 1, m)
+            .expand(-1, -1, x_points.shape[1] // varying.group, -1)
+        )
+        base = base.flatten(1, 2) if varying.group > 1 else base[:, 0]
+    # The thin term goes in first and the product is summed on top of it: one rounding.
+    out = varying.product(x_points, base).to(x.dtype).view(-1, m)
+    return out.addmm_(x.view(-1, n), matrix).view(*x.shape[:-1], m)
+
+
+def _corrected(
+    call: Call, out: Tensor, x: Tensor, rows: Rows, varying: Varying | None, shift: Varying | None
 ) -> Tensor:
     """Adds to the plain product `out` what each row's weight and bias contribute."""
-    x = rows.first(input, call.count)
     y = rows.first(out, call.count)
-    flat = x.reshape(call.count, -1, x.shape[-1])
-    varying = call.fold.varying(weight)
     if varying is not None:
-        if right:
-            varying = varying.transposed(weight.T)
+        varying = varying.by_row()
+        x = rows.first(x, call.count)
         entries = y.reshape(call.count, -1, y.shape[-1])
-        varying.add_product(entries, flat)
+        varying.add_product(entries, x.reshape(call.count, -1, x.shape[-1]))
         if entries.data_ptr() != y.data_ptr():
             y.copy_(entries.view(y.shape))
-    shift = call.fold.varying(bias)
     if shift is not None:
         y += shift.dense().view(call.count, *[1] * (y.dim() - 2), -1)
     return out
 
 
 def transpose(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    varying = call.fold.varying(input)
+    varying = call.fold.grouped(input)
     plain = call.func(input, *args, **kwargs)
     if varying is None or input.dim() != 2 or plain.shape != input.T.shape:
         return call.by_row()
@@ -101,22 +132,31 @@ def embedding(
 ) -> Any:
     if max_norm is not None:
         raise TraceError("an embedding with max_norm writes into its weight")
-    varying, rows = call.fold.varying(weight), call.rows(input)
-    if varying is None or rows is None:
+    rows = call.rows(input)
+    if rows is None or not call.fold.is_made(weight):
         return call.by_row()
     out = F.embedding(input, weight)
-    index = rows.first(input, call.count)
     y = rows.first(out, call.count)
-    flat = index.reshape(call.count, -1)
-    number = torch.arange(call.count, device=flat.device)[:, None]
-    if varying.delta is not None:
-        y += varying.delta[number, flat].view(y.shape)
+    flat = rows.first(input, call.count).reshape(call.count, -1)
+    thin = call.fold.picked(weight, flat)
+    if thin is None:
+        varying = call.fold.varying(weight)
+        if varying is None:
+            return out
+        number = torch.arange(call.count, device=flat.device)[:, None]
+        y += varying.dense()[number, flat].view(y.shape)
         return out
-    thin = varying.thin
-    assert thin is not None
-    left = thin.left[number, flat] * (varying.scale * thin.scale).to(y.dtype)[:, None, None]
-    y += (left @ thin.right.transpose(1, 2)).view(y.shape)
+    left = thin.left * (call.fold.queries.scale * thin.scale).to(y.dtype)[:, None, None]
+    if left.shape[2] == 1:
+        y.addcmul_(left.view(*y.shape[:-1], 1), _between(thin.right.transpose(1, 2), y.dim()))
+    else:
+        y += (left @ thin.right.transpose(1, 2)).view(y.shape)
     return out
+
+
+def _between(value: Tensor, dim: int) -> Tensor:
+    """[rows, 1, n] with as many axes as make `dim`."""
+    return value.view(len(value), *[1] * (dim - 2), -1)
 
 
 def conv(
@@ -133,7 +173,11 @@ def conv(
     spatial = weight.dim() - 2
     if rows != Rows(0) or input.dim() != spatial + 2 or call.fold.is_made(input):
         return call.by_row()
-    out = call.func(input, weight, bias, stride, padding, dilation, groups)
+    repeats = call.fold.queries.repeats if call.use.clean else None
+    few = input if repeats is None else input[repeats.first]
+    out = call.func(few, weight, bias, stride, padding, dilation, groups)
+    if repeats is not None:
+        out = out[repeats.inverse]
     count, channels = call.count, weight.shape[0]
     varying = call.fold.varying(weight)
     if varying is not None:
@@ -223,15 +267,22 @@ def _affine(
     narrow, dim = out.dtype, out.dim()
     out = out.to(torch.promote_types(narrow, torch.float32))
     shown = _spread(out, rows, call.count)
-    for value, inplace in ((weight, torch.Tensor.mul_), (bias, torch.Tensor.add_)):
-        if value is None:
-            continue
+
+    def seen(value: Tensor) -> Tensor:
         varying = call.fold.varying(value)
-        if varying is None:
-            inplace(out, value.reshape(*value.shape, *tail))
-            continue
-        batched = varying.batched()
-        inplace(shown, _aligned(batched.reshape(*batched.shape, *tail), dim, rows))
+        if varying is not None:
+            batched = varying.batched()
+            return _aligned(batched.reshape(*batched.shape, *tail), dim, rows)
+        # A row axis of its own may lie among the axes of the parameter: as above, it is size one.
+        plain = value.reshape(1, *value.shape, *tail)
+        return _aligned(plain, dim, rows).to(out.dtype)
+
+    if weight is not None and bias is not None:
+        torch.addcmul(seen(bias), shown, seen(weight), out=shown)
+    elif weight is not None:
+        shown.mul_(seen(weight))
+    elif bias is not None:
+        shown.add_(seen(bias))
     return out.to(narrow)
 
 

@@ -79,12 +79,15 @@ class Use:
         outputs: the same for its results.
         constant: whether no operand depends on the batch, so that the results are made of
             parameters alone and must be followed further.
+        clean: whether the operands that depend on the batch depend on no parameter yet, so that
+            all queries of a row share them.
     """
 
     func: Callable[..., Any]
     inputs: tuple[Rows | None, ...]
     outputs: tuple[Rows | None, ...]
     constant: bool
+    clean: bool
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -143,6 +146,7 @@ class _Seen:
     inputs: list[_Profile]
     outputs: list[_Profile]
     constant: bool
+    clean: bool
 
 
 class Recorder(TorchFunctionMode):
@@ -189,8 +193,10 @@ class Recorder(TorchFunctionMode):
         if not results and name != "__setitem__":
             return out
         constant = not any(getattr(t, "_fwdlearn_batch", None) is self for t in operands)
-        self.seen.append(_Seen(func, before, [_Profile.of(r) for r in results], constant))
-        self._mark(func, args, kwargs, operands, out)
+        clean = not any(getattr(t, "_fwdlearn_touched", None) is self for t in operands)
+        after = [_Profile.of(r) for r in results]
+        self.seen.append(_Seen(func, before, after, constant, clean))
+        self._mark(func, args, kwargs, operands, out, touched=True)
         if constant:
             for result in results:
                 result._fwdlearn_made = self  # type: ignore[attr-defined]
@@ -199,7 +205,15 @@ class Recorder(TorchFunctionMode):
     def _of_parameters(self, value: Tensor) -> bool:
         return id(value) in self.names or getattr(value, "_fwdlearn_made", None) is self
 
-    def _mark(self, func: Any, args: Any, kwargs: Any, operands: list[Tensor], out: Any) -> None:
+    def _mark(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        operands: list[Tensor],
+        out: Any,
+        touched: bool = False,
+    ) -> None:
         results = list(tensors(out))
         self.widest = max(self.widest, *(t.numel() * t.element_size() for t in results), 0)
         if not any(getattr(t, "_fwdlearn_batch", None) is self for t in operands):
@@ -208,8 +222,11 @@ class Recorder(TorchFunctionMode):
         if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
             results.extend(tensors(args[:1]))
         results.extend(tensors(kwargs.get("out")))
+        touched = touched or any(getattr(t, "_fwdlearn_touched", None) is self for t in operands)
         for result in results:
             result._fwdlearn_batch = self  # type: ignore[attr-defined]
+            if touched:
+                result._fwdlearn_touched = self  # type: ignore[attr-defined]
 
 
 def compare(two: Recorder, three: Recorder) -> tuple[Use, ...]:
@@ -220,7 +237,7 @@ def compare(two: Recorder, three: Recorder) -> tuple[Use, ...]:
     for a, b in zip(two.seen, three.seen, strict=True):
         inputs = tuple(_rows(*pair) for pair in zip(a.inputs, b.inputs, strict=True))
         outputs = tuple(_rows(*pair) for pair in zip(a.outputs, b.outputs, strict=True))
-        uses.append(Use(a.func, inputs, outputs, a.constant))
+        uses.append(Use(a.func, inputs, outputs, a.constant, a.clean))
     return tuple(uses)
 
 

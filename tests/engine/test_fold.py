@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fwdlearn.batch import Batch
-from fwdlearn.directions import Directions
+from fwdlearn.directions import Directions, Factors
 from fwdlearn.engine import Engine
 from fwdlearn.keys import Key
 
@@ -74,10 +76,22 @@ class _Only(Directions):
         super().__init__(family.key, family.params, family.count, family.law, None)
         object.__setattr__(self, "only", name)
 
-    def factors(self, name: str, ids: Tensor) -> Tensor:  # type: ignore[override]
-        value = super().factors(name, ids)
+    def at(self, ids: Tensor | slice) -> _Changed:
+        kept = self.only  # type: ignore[attr-defined]
+        return _Changed(self, ids, lambda name, value: value if name == kept else value * 0)
+
+
+class _Changed(Factors):
+    """Dense directions with something done to them."""
+
+    def __init__(self, family: Directions, ids: Tensor | slice, change: Any) -> None:
+        super().__init__(family, ids)
+        self.change = change
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = super().__getitem__(name)
         assert isinstance(value, Tensor)
-        return value if name == self.only else torch.zeros_like(value)  # type: ignore[attr-defined]
+        return self.change(name, value)
 
 
 @pytest.mark.parametrize("rows", [6, 5, 2, 1])
@@ -187,5 +201,6 @@ class _Constant(Directions):
         super().__init__(family.key, family.params, family.count, family.law, None)
         object.__setattr__(self, "value", value)
 
-    def factors(self, name: str, ids: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.full_like(super().factors(name, ids), self.value)  # type: ignore
+    def at(self, ids: Tensor | slice) -> _Changed:
+        filled = self.value  # type: ignore[attr-defined]
+        return _Changed(self, ids, lambda name, value: torch.full_like(value, filled))
