@@ -19,7 +19,7 @@ from fwdlearn.engine import Choice, Engine
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.keys import Key
-from fwdlearn.memory import optimizer_bytes, peak_bytes, weights_bytes
+from fwdlearn.memory import keep_freed_pages, optimizer_bytes, peak_bytes, weights_bytes
 from fwdlearn.objectives import correct
 from fwdlearn.oracle import ModelOracle, forbid_backward, require
 
@@ -319,6 +319,8 @@ class Trainer:
 
     def _choose(self) -> Choice:
         if self.engine.choice is None:
+            if torch.device(self.device).type == "cpu":
+                keep_freed_pages()
             with forbid_backward(), torch.inference_mode():
                 self.engine.choose(self.batch(0), self.key.fold("dropout"))
         assert self.engine.choice is not None
