@@ -102,8 +102,12 @@ class KeyedDropout(TorchFunctionMode):
         self.place += 1
         stream = torch.tensor(words[0]).to(like.device), torch.tensor(words[1]).to(like.device)
         block = torch.arange(-(-entries // 4), device=like.device)
-        drawn = self.key.words(block, self.row.unsqueeze(1), stream).flatten(1)[:, :entries]
+        drawn = self._words(block, stream).flatten(1)[:, :entries]
         return (drawn >= int(p * 2**32)).to(like.dtype).reshape(shape) / (1 - p)
+
+    def _words(self, block: Tensor, stream: tuple[Tensor, Tensor]) -> Tensor:
+        """int64 [rows, blocks, 4]."""
+        return self.key.words(block, self.row.unsqueeze(1), stream)
 
 
 def _probability(args: Sequence[Any], kwargs: Any) -> float:

@@ -46,6 +46,18 @@ class Queries:
         row, direction, scale = self.row[index], self.direction[index], self.scale[index]
         return replace(self, row=row, direction=direction, scale=scale, group=1)
 
+    def points(self) -> list[tuple[int, float, Tensor]]:
+        """For each perturbed point: direction, scale, and its queries (int64, ascending)."""
+        pairs = torch.stack((self.direction.double(), self.scale), dim=1)
+        distinct, member, counts = torch.unique(
+            pairs, dim=0, return_inverse=True, return_counts=True
+        )
+        members = member.argsort(stable=True).split(counts.tolist())
+        return [
+            (int(direction), scale, mine)
+            for (direction, scale), mine in zip(distinct.tolist(), members, strict=True)
+        ]
+
     def inputs(self) -> Batch:
         """The rows, one for each query."""
         return self.batch.select(self.row)

@@ -34,13 +34,10 @@ def run(
         UsageError: rows influence each other (batch statistics) and a direction is not asked for
             exactly the rows of the batch, all at once.
     """
-    points = torch.stack((queries.direction.double(), queries.scale), dim=1)
-    groups, member = torch.unique(points, dim=0, return_inverse=True)
     mixing = mixes_rows(model)
     out: Tensor | None = None
-    for number, (direction, scale) in enumerate(groups.tolist()):
-        mine = torch.nonzero(member == number).flatten()
-        copy = perturbed_copy(params, queries.directions, int(direction), scale)
+    for direction, scale, mine in queries.points():
+        copy = perturbed_copy(params, queries.directions, direction, scale)
         if mixing:
             _check_whole(queries.row[mine], len(queries.batch))
             # Perturbed passes must leave no trace in the running statistics.
