@@ -238,13 +238,13 @@ class Directions:
     def device(self) -> torch.device:
         return next(iter(self.params.values())).device
 
-    def at(self, ids: Tensor | slice) -> Factors:
-        """Some of the directions, ready to be asked for one parameter after the other."""
-        return Factors(self, ids)
+    def at(self, ids: Tensor | slice, together: bool = True) -> Factors:
+        """Some of the directions, to be asked for all parameters `together` or for a few."""
+        return Factors(self, ids, together)
 
     def factors(self, name: str, ids: Tensor | slice) -> LowRank | Tensor:
         """What perturbs one parameter: `LowRank`, or [len(ids), *shape] where it is dense."""
-        return self.at(ids)[name]
+        return self.at(ids, together=False)[name]
 
     def dense(self, name: str, ids: Tensor) -> Tensor:
         """[len(ids), *shape]: the directions of one parameter written out, in its dtype."""
@@ -318,24 +318,26 @@ class Directions:
 
 
 class Factors:
-    """Some directions of a family: the numbers of all short parameters lie in one buffer.
+    """Some directions of a family, parameter by parameter.
 
     Args:
         family: the family.
         ids: int64 [count], or a slice.
+        together: whether to expand the numbers of all short parameters at once, into one buffer.
     """
 
-    def __init__(self, family: Directions, ids: Tensor | slice) -> None:
-        self.family, self.ids = family, ids
+    def __init__(self, family: Directions, ids: Tensor | slice, together: bool = True) -> None:
+        self.family, self.ids, self.together = family, ids, together
         self._buffers: dict[torch.dtype, Tensor] = {}
 
     def __getitem__(self, name: str) -> LowRank | Tensor:
         """`LowRank`, or [count, *shape] where the directions are dense."""
         site = self.family.sites[name]
         law = LAWS[self.family.law]
-        if site.long:
+        if site.long or not (self.together or self.family.expanded is not None):
             raw = self.family.raw(self.ids, site.start, site.start + site.blocks)
-            return site.form(law.expand(raw, site.dtype))
+            with torch.inference_mode(False):
+                return site.form(law.expand(raw, site.dtype))
         start = site.start * law.numbers_per_block
         return site.form(self._buffer(site.dtype)[:, start : start + site.numbers])
 

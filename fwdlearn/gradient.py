@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fwdlearn.directions import Directions
+from fwdlearn.directions import LAWS, Directions, Site
 
 
 class DirectionGradient(Mapping[str, Tensor]):
@@ -37,24 +38,46 @@ class DirectionGradient(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         family = self.directions
         site = family.sites[name]
+        if self._weighted is not None and site.rank <= 1 and not site.long:
+            return self._at_once(site, *self._weighted)
         dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
+        coefficients = self.coefficients.to(family.device, dtype) / site.scale**2
         total: Tensor | None = None
         for chunk in family.chunks(name, family.count):
             factors = family.factors(name, chunk)
-            coefficients = self.coefficients[chunk].to(family.device, dtype) / site.scale**2
             if isinstance(factors, Tensor):
-                part = torch.tensordot(coefficients, factors.to(dtype), 1)
+                flat = factors.to(dtype).reshape(len(factors), -1)
+                part = (coefficients[chunk] @ flat).view(site.shape)
                 total = part if total is None else total.add_(part)
                 continue
-            weighted = factors.left.to(dtype) * (coefficients * factors.scale)[:, None, None]
+            weights = coefficients[chunk, None, None] * factors.scale
             # [m, directions * rank] and [directions * rank, n]; views where the rank is one.
-            left = weighted.transpose(1, 2).flatten(0, 1).T
+            left = (factors.left.to(dtype) * weights).transpose(1, 2).flatten(0, 1).T
             right = factors.right.to(dtype).transpose(1, 2).flatten(0, 1)
             # In place, so that one dense gradient is alive and no second one beside it.
             total = left @ right if total is None else total.addmm_(left, right)
         if total is None:
             return torch.zeros(site.shape, dtype=dtype, device=family.device)
-        return total.reshape(site.shape)
+        return total.view(site.shape)
+
+    @cached_property
+    def _weighted(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """All numbers, the same times the coefficients, and the sum of those over directions."""
+        numbers = self.directions.expanded
+        if numbers is None or numbers.dtype not in (torch.float32, torch.float64):
+            return None
+        weighted = numbers * self.coefficients.to(numbers)[:, None]
+        return numbers, weighted, weighted.sum(0)
+
+    def _at_once(self, site: Site, numbers: Tensor, weighted: Tensor, sums: Tensor) -> Tensor:
+        start = site.start * LAWS[self.directions.law].numbers_per_block
+        if site.rank:
+            m, n = site.matrix
+            middle, stop = start + m, start + m + n
+            total = weighted[:, start:middle].T @ numbers[:, middle:stop]
+        else:
+            total = sums[start : start + site.numbers]
+        return (total if site.scale == 1 else total / site.scale).view(site.shape)
 
     def square_norms(self) -> Tensor:
         """float64 [directions]: |direction|^2 as it enters the gradient."""

@@ -93,24 +93,36 @@ class Varying:
         inner *= (self.scale * self.thin.scale).to(x.dtype)[:, None, None]
         return inner.transpose(1, 2)
 
-    def product(self, x: Tensor, base: Tensor | None) -> Tensor:
-        """`base` plus `x` [points, k, n] times the transpose of what each point adds.
+    def product(self, x: Tensor, base: Tensor | None, out: Tensor) -> None:
+        """Writes `base` plus `x` times the transpose of what each point adds.
 
         Args:
-            base: broadcasts against [points, k, m], or None for zero.
+            x: [points, k, n].
+            base: broadcasts against `out`, or None for zero; may be wider than `out`.
+            out: [points, k, m].
         """
         if self.delta is not None:
-            added = self.delta.to(x.dtype).transpose(1, 2)
-            return torch.bmm(x, added) if base is None else torch.bmm(x, added).add_(base)
-        assert self.thin is not None
-        inner, left = self.inner(x), self.thin.left.transpose(1, 2)
-        if left.shape[1] == 1:
-            return inner * left if base is None else torch.addcmul(base, inner, left)
-        return torch.bmm(inner, left) if base is None else torch.bmm(inner, left).add_(base)
+            inner, left = x, self.delta.to(x.dtype).transpose(1, 2)
+        else:
+            assert self.thin is not None
+            inner, left = self.inner(x), self.thin.left.transpose(1, 2)
+        if left.shape[1] > 1:
+            torch.bmm(inner, left, out=out)
+            if base is not None:
+                out += base
+        elif base is None:
+            torch.mul(inner, left, out=out)
+        elif base.dtype == out.dtype:
+            torch.addcmul(base, inner, left, out=out)
+        else:
+            out.copy_(torch.addcmul(base, inner.to(base.dtype), left.to(base.dtype)))
 
     def add_product(self, out: Tensor, x: Tensor) -> None:
         """Adds to `out` [points, k, m] what `product` gives."""
         if self.thin is not None and self.thin.left.shape[2] == 1:
             out.addcmul_(self.inner(x), self.thin.left.transpose(1, 2))
+        elif self.thin is not None:
+            out += self.inner(x) @ self.thin.left.transpose(1, 2)
         else:
-            out += self.product(x, None)
+            assert self.delta is not None
+            out += x @ self.delta.to(x.dtype).transpose(1, 2)

@@ -76,7 +76,7 @@ class _Only(Directions):
         super().__init__(family.key, family.params, family.count, family.law, None)
         object.__setattr__(self, "only", name)
 
-    def at(self, ids: Tensor | slice) -> _Changed:
+    def at(self, ids: Tensor | slice, together: bool = True) -> _Changed:
         kept = self.only  # type: ignore[attr-defined]
         return _Changed(self, ids, lambda name, value: value if name == kept else value * 0)
 
@@ -201,6 +201,6 @@ class _Constant(Directions):
         super().__init__(family.key, family.params, family.count, family.law, None)
         object.__setattr__(self, "value", value)
 
-    def at(self, ids: Tensor | slice) -> _Changed:
+    def at(self, ids: Tensor | slice, together: bool = True) -> _Changed:
         filled = self.value  # type: ignore[attr-defined]
         return _Changed(self, ids, lambda name, value: torch.full_like(value, filled))
