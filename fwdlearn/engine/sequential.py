@@ -39,7 +39,7 @@ def run(
     for direction, scale, mine in queries.points():
         copy = perturbed_copy(params, queries.directions, direction, scale)
         if mixing:
-            _check_whole(queries.row[mine], len(queries.batch))
+            check_whole(queries.row[mine], len(queries.batch))
             # Perturbed passes must leave no trace in the running statistics.
             copy |= {name: value.clone() for name, value in model.named_buffers()}
         for part in mine.split(len(queries.batch) if mixing else block):
@@ -76,7 +76,7 @@ def mixes_rows(model: nn.Module) -> bool:
     return any(isinstance(module, kind) and module.training for module in model.modules())
 
 
-def _check_whole(row: Tensor, rows: int) -> None:
+def check_whole(row: Tensor, rows: int) -> None:
     if not torch.equal(row.sort().values, torch.arange(rows, device=row.device)):
         raise UsageError(
             "batch normalisation in training mode makes each loss depend on the whole batch, so "
