@@ -6,9 +6,9 @@ row `row[j]` at `params + scale[j] * E[direction[j]]`, where E is a family of di
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fwdlearn.directions import Directions
 from fwdlearn.engine import Engine
 from fwdlearn.errors import BackwardError, UsageError
 from fwdlearn.keys import Key
+from fwdlearn.noise import Noise, Output
 
 
 @runtime_checkable
@@ -66,21 +67,76 @@ class SlopeOracle(LossOracle, Protocol):
         """Losses [queries] and their derivatives [queries] along the directions, at scale 0."""
 
 
-@runtime_checkable
-class ActivationOracle(LossOracle, Protocol):
-    """Adds noise where layers put out their results."""
+class CleanPass(Protocol):
+    """A clean pass over the batch that has kept the inputs of layers."""
 
     @property
-    def sites(self) -> Mapping[str, tuple[int, ...]]:
-        """Layer name -> shape of one row of its output."""
+    def losses(self) -> Tensor:
+        """[rows]."""
 
-    def noisy_losses(
-        self, row: Tensor, noise: Mapping[str, Tensor], scale: Tensor | float
-    ) -> Tensor:
-        """Losses [queries] with `scale * noise[site]` ([queries, *shape]) added at each site."""
+    @property
+    def rms(self) -> Mapping[str, Tensor]:
+        """Name of a layer -> scalar, the root of the mean square of its output."""
+
+    @property
+    def exact(self) -> Mapping[str, Tensor]:
+        """Name of the layer that puts out what the model does -> derivative of its row's loss.
+
+        [rows, *shape], by forward mode, one derivative for each number of a row. Empty where the
+        model's output is no layer's, has more than 4096 numbers a row, or has no slope anywhere.
+        """
 
     def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Parameter gradients from output cotangents ([rows, *shape]), by local products."""
+        """As `ActivationOracle.gather`, without another pass."""
+
+
+@runtime_checkable
+class ActivationOracle(LossOracle, Protocol):
+    """Adds noise where layers put out their results, and takes gradients from there.
+
+    A layer's output is named by the parameter that is used there, `name#1` and so on where one is
+    used again.
+    """
+
+    @property
+    def sites(self) -> Mapping[str, Output]:
+        """Name of a layer -> what a row of this batch puts out there."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Name of a parameter -> why a part of its gradient cannot be had from any layer."""
+
+    def noisy_losses(
+        self, row: Tensor, noise: Noise, index: Tensor, scale: Tensor | float
+    ) -> Tensor:
+        """Losses of a block of queries with noise in the layers that it names.
+
+        Args:
+            row: int64 [queries], may repeat.
+            noise: `SiteNoise` for `sites`, or `GivenNoise`.
+            index: int64 [queries], numbers within the noise.
+            scale: float, or [queries]; its sign makes antithetic pairs.
+
+        Returns:
+            [queries], float64 if the parameters are, else float32.
+        """
+
+    def clean(self) -> CleanPass:
+        """A clean pass; costs as many queries as there are rows, and memory for all inputs."""
+
+    def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Gradients of parameters, by products with the clean inputs of their own layers.
+
+        Runs a clean pass and keeps one layer's input at a time; costs as many queries as there
+        are rows.
+
+        Args:
+            cotangents: name of a layer -> [rows, *shape], such as a `NoiseSum`, which is formed
+                one layer at a time; or a ChainMap of such.
+
+        Returns:
+            Name -> gradient of a parameter, float32 or wider; those that the layers feed.
+        """
 
 
 _OFFERS: Mapping[type, str] = {
@@ -189,3 +245,70 @@ class ModelOracle:
             )
         self._queries += len(row)
         return losses.clone()
+
+    @property
+    def sites(self) -> Mapping[str, Output]:
+        """See `ActivationOracle.sites`."""
+        return _Lazy(self._outputs)
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """See `ActivationOracle.left_out`."""
+
+        def made() -> Mapping[str, str]:
+            self._outputs()
+            return self._engine.activations.left_out
+
+        return _Lazy(made)
+
+    def noisy_losses(
+        self, row: Tensor, noise: Noise, index: Tensor, scale: Tensor | float
+    ) -> Tensor:
+        """See `ActivationOracle.noisy_losses`."""
+        scales = torch.as_tensor(scale, dtype=torch.float64, device=row.device).expand(len(row))
+        with forbid_backward(), torch.inference_mode():
+            losses = self._engine.activations.noisy_losses(
+                self._batch, row, noise, index, scales, self._dropout
+            )
+        self._queries += len(row)
+        return losses.clone()
+
+    def clean(self) -> CleanPass:
+        """See `ActivationOracle.clean`."""
+        with forbid_backward():
+            clean = self._engine.activations.clean(self._batch, self._dropout)
+        self._queries += self.rows
+        return clean
+
+    def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See `ActivationOracle.gather`."""
+        with forbid_backward():
+            gradients = self._engine.activations.gather(self._batch, cotangents, self._dropout)
+        self._queries += self.rows
+        return gradients
+
+    def _outputs(self) -> Mapping[str, Output]:
+        with forbid_backward(), torch.inference_mode():
+            return self._engine.activations.outputs(self._batch, self._dropout)
+
+
+T = TypeVar("T")
+
+
+class _Lazy(Mapping[str, T]):
+    """A mapping that is made when it is looked into: to ask what an oracle offers runs no model."""
+
+    def __init__(self, make: Callable[[], Mapping[str, T]]) -> None:
+        self._make = make
+
+    def __getitem__(self, name: str) -> T:
+        return self._make()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make())
+
+    def __len__(self) -> int:
+        return len(self._make())
+
+    def __repr__(self) -> str:
+        return repr(dict(self))

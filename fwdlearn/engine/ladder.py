@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from fwdlearn.engine.fold import Fold
 from fwdlearn.engine.params import trainable
 from fwdlearn.engine.queries import Queries, masks
 from fwdlearn.engine.rules import RULES
+from fwdlearn.engine.sites import Activations
 from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
 from fwdlearn.errors import UsageError
 from fwdlearn.keys import Key
@@ -75,6 +77,11 @@ class Engine:
         self._names = {id(value): name for name, value in self.params.items()}
         self._uses: tuple[Use, ...] = ()
         self._widest = 1
+
+    @cached_property
+    def activations(self) -> Activations:
+        """Noise in the outputs of layers, and gradients by local products."""
+        return Activations(self)
 
     @property
     def dtype(self) -> torch.dtype:
