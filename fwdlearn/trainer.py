@@ -16,6 +16,7 @@ from fwdlearn.allocator import Allocator, Plan
 from fwdlearn.batch import Batch
 from fwdlearn.data.types import Data, Dataset
 from fwdlearn.engine import Choice, Engine
+from fwdlearn.engine.params import read_only
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.keys import Key
@@ -347,6 +348,13 @@ class Trainer:
             raise UsageError(
                 f"the optimizer does not hold {missed[0]}, which requires a gradient; give it all "
                 "trainable parameters, or set requires_grad to False."
+            )
+        fixed = read_only(self.engine.params)
+        if fixed:
+            raise UsageError(
+                f"{fixed[0]} lies in memory that cannot be written, mapped from a file perhaps, "
+                "and training would have to; clone() it into a parameter of its own, or set "
+                "requires_grad to False."
             )
 
     def _mode(self, training: bool) -> Any:

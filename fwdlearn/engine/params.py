@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping
+from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from fwdlearn.errors import UsageError
 
 
-def trainable(model: nn.Module) -> Mapping[str, nn.Parameter]:
+def trainable(model: nn.Module, required: bool = True) -> Mapping[str, nn.Parameter]:
     """Parameters that require a gradient, sorted by name.
 
     A tied parameter appears once, under the first of its names in alphabetical order, so that
     neither the order of registration nor that of tying changes what a direction is.
 
     Raises:
-        UsageError: nothing is trainable, or a trainable parameter is not floating point.
+        UsageError: nothing is trainable (unless it is not `required`), or a trainable parameter is
+            not floating point.
     """
     names: dict[int, str] = {}
     by_id: dict[int, nn.Parameter] = {}
@@ -24,7 +27,7 @@ def trainable(model: nn.Module) -> Mapping[str, nn.Parameter]:
         if parameter.requires_grad:
             names[id(parameter)] = min(name, names.get(id(parameter), name))
             by_id[id(parameter)] = parameter
-    if not names:
+    if required and not names:
         raise UsageError(
             f"{type(model).__name__} has no trainable parameter; set requires_grad on those "
             "that training may change."
@@ -36,3 +39,25 @@ def trainable(model: nn.Module) -> Mapping[str, nn.Parameter]:
                 "trained; set its requires_grad to False."
             )
     return {name: by_id[key] for key, name in sorted(names.items(), key=lambda item: item[1])}
+
+
+def read_only(params: Mapping[str, Tensor]) -> list[str]:
+    """Names of parameters in memory that this process must not write, where the system tells.
+
+    Weights mapped from a file may lie there. Losses never write; an update would end the process
+    without a word. Only Linux tells; elsewhere the list is empty.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    fields = (line.split(maxsplit=2) for line in lines)
+    spans = [span.split("-") for span, access, _ in fields if "w" not in access]
+    starts, ends = ([int(span[side], 16) for span in spans] for side in (0, 1))
+    names = []
+    for name, value in params.items():
+        if value.device.type == "cpu" and type(value) in (Tensor, nn.Parameter):
+            place = bisect(starts, value.data_ptr()) - 1
+            if place >= 0 and value.data_ptr() < ends[place]:
+                names.append(name)
+    return names
