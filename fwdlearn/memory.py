@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,42 @@ def peak_bytes(device: str) -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Kibibytes on Linux, bytes on macOS.
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def in_use_bytes(device: str) -> int:
+    """The memory in use now: of the whole process on a CPU, of tensors on a GPU."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except OSError:
+        # Where there is no such file, the peak is all that can be had.
+        return peak_bytes(device)
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_bytes(device: str) -> int | None:
+    """The memory that this process may still take, or None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + cached)
+    try:
+        available = _entries("/proc/meminfo")["MemAvailable:"] * 1024
+    except (OSError, KeyError):
+        return None
+    try:
+        # A container's own limit; pages of files that it has not used lately can go.
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = _entries(group / "memory.stat").get("inactive_file", 0)
+    except (OSError, ValueError):
+        return available
+    return max(0, min(available, limit - used + cached))
+
+
+def _entries(path: str | Path) -> dict[str, int]:
+    words = (line.split() for line in Path(path).read_text("ascii").splitlines())
+    return {name: int(value) for name, value, *_ in words}
 
 
 def weights_bytes(model: nn.Module) -> int:
