@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
+from fwdlearn.noise import NoiseSum, SiteNoise
 from fwdlearn.oracle import ActivationOracle, LossOracle, SlopeOracle
 from fwdlearn.testing import (
     MLP,
@@ -86,6 +87,109 @@ def test_estimators_that_need_slopes_are_checked_too() -> None:
         "sigma_cancels_on_linear_loss": "no setting named sigma",
         "variance_is_as_reported": 'it reports no info["variance"]',
     }
+
+
+@dataclass(frozen=True)
+class NodePerturbation(Estimator):
+    """The smallest estimator that adds noise to activations."""
+
+    sigma: float = 1e-3
+    law: str = "rademacher"
+    antithetic: bool = False
+
+    @property
+    def traits(self) -> Traits:  # type: ignore[override]
+        return Traits(ActivationOracle, "activations", "smoothed", 2 if self.antithetic else 1, 1)
+
+    def estimate(
+        self, oracle: Any, params: Any, state: Any, *, key: Key, plan: Plan
+    ) -> tuple[Estimate, Any]:
+        start, row, index = oracle.queries, plan.row, plan.direction
+        sizes = {name: 0.5 + 0.25 * number for number, name in enumerate(oracle.sites)}
+        noise = SiteNoise(key, oracle.sites, plan.directions, self.law, sizes)
+        up = oracle.noisy_losses(row, noise, index, self.sigma)
+        if self.antithetic:
+            down = oracle.noisy_losses(row, noise, index, -self.sigma)
+            gather, centre, slopes = oracle.gather, (up + down) / 2, (up - down) / (2 * self.sigma)
+        else:
+            clean = oracle.clean()
+            gather, centre = clean.gather, clean.losses[row]
+            slopes = (up - centre) / self.sigma
+        weight, dropped = plan.finite(slopes.isfinite())
+        dropped *= 2 if self.antithetic else 1
+        kept = torch.where(weight > 0, slopes, 0.0)
+        grad = gather(NoiseSum(noise, row, index, weight * kept, plan.rows))
+        loss = (weight * torch.where(weight > 0, centre, 0.0)).sum()
+        queries, info = oracle.queries - start, {"nonfinite": torch.tensor(dropped)}
+        params = {name: grad[name].to(value.dtype) for name, value in params.items()}
+        return Estimate(params, loss, queries, info), state
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(0.5, "laplace"), cls(0.1, "gaussian", antithetic=True)]
+
+
+@dataclass(frozen=True)
+class LayerWise(NodePerturbation):
+    """One layer at a time, each with a share of the queries."""
+
+    def estimate(
+        self, oracle: Any, params: Any, state: Any, *, key: Key, plan: Plan
+    ) -> tuple[Estimate, Any]:
+        start, clean, grad = oracle.queries, oracle.clean(), {}
+        weight = plan.weight
+        for name in oracle.sites:
+            noise = SiteNoise(key.fold(name), oracle.sites, plan.directions, self.law, only=(name,))
+            noisy = oracle.noisy_losses(plan.row, noise, plan.direction, self.sigma)
+            slopes = weight * (noisy - clean.losses[plan.row]) / self.sigma
+            grad |= clean.gather(
+                NoiseSum(noise, plan.row, plan.direction, slopes.nan_to_num(), plan.rows)
+            )
+        return Estimate(grad, clean.losses.mean(), oracle.queries - start), state
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(0.7, "gaussian")]
+
+
+def test_estimators_that_perturb_activations_are_checked_too() -> None:
+    report = check_estimator(NodePerturbation)
+    assert report.passed, str(report)
+    skipped = {r.check: r.message for r in report.results if r.status == "skipped"}
+    assert skipped == {"variance_is_as_reported": 'it reports no info["variance"]'}
+
+
+def test_one_layer_at_a_time_is_checked_on_average() -> None:
+    """What its mean ought to be is put together from the noise of each layer."""
+    results = {r.check: r for r in check_estimator(LayerWise).results}
+    assert results["mean_is_target"].status == "passed", results["mean_is_target"]
+
+
+@dataclass(frozen=True)
+class WithoutScores(NodePerturbation):
+    """Takes Laplace noise for its own score, and forgets that layers have sizes."""
+
+    def estimate(
+        self, oracle: Any, params: Any, state: Any, *, key: Key, plan: Plan
+    ) -> tuple[Estimate, Any]:
+        start, clean = oracle.queries, oracle.clean()
+        noise = SiteNoise(key, oracle.sites, plan.directions, "laplace", {"w": 0.5})
+        noisy = oracle.noisy_losses(plan.row, noise, plan.direction, self.sigma)
+        slopes = plan.weight * (noisy - clean.losses[plan.row]) / self.sigma
+        grad = {name: torch.zeros_like(value) for name, value in params.items()}
+        for name in grad:
+            dense = noise.dense(name, plan.direction)
+            grad[name] = torch.tensordot(slopes, dense, 1)
+        return Estimate(grad, clean.losses.mean(), oracle.queries - start), state
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(0.5)]
+
+
+def test_an_estimator_without_scores_fails() -> None:
+    failed = check_estimator(WithoutScores).failed
+    assert {"directions_measured_are_applied", "mean_is_target"} <= set(failed)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: type(p).__name__)
@@ -218,8 +322,13 @@ class NoTraits(ForwardGradient):
     traits = None  # type: ignore[assignment]
 
 
-class NeedsActivations(ForwardGradient):
-    traits = Traits(ActivationOracle, "activations", "gradient", 1)
+@runtime_checkable
+class CurvatureOracle(LossOracle, Protocol):
+    def curvatures(self) -> Tensor: ...
+
+
+class NeedsCurvature(ForwardGradient):
+    traits = Traits(CurvatureOracle, "weights", "gradient", 1)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +346,7 @@ class NeedsActivations(ForwardGradient):
         (check, Abstract, "Abstract is abstract: it does not define estimate, examples"),
         (check, NoExamples, r"NoExamples.examples\(\) must return instances of NoExamples"),
         (check, NoTraits, "NoTraits.traits must be a fwdlearn.estimator.Traits"),
-        (check, NeedsActivations, r"NeedsActivations needs activation noise \(ActivationOracle\)"),
+        (check, NeedsCurvature, "NeedsCurvature needs CurvatureOracle"),
     ],
 )
 def test_targets_that_cannot_be_checked(function: Any, target: Any, message: str) -> None:

@@ -12,9 +12,11 @@ from fwdlearn.testing.conformance import (
     parametrize_with_checks,
 )
 from fwdlearn.testing.oracles import (
+    ActivationFunctionOracle,
     Asked,
     FunctionOracle,
     SlopeFunctionOracle,
+    activation_oracle,
     loss_oracle,
     slope_oracle,
 )
@@ -23,6 +25,7 @@ from fwdlearn.testing.report import Figure, Report, Result
 
 __all__ = [
     "MLP",
+    "ActivationFunctionOracle",
     "Asked",
     "Figure",
     "FunctionOracle",
@@ -33,6 +36,7 @@ __all__ = [
     "Report",
     "Result",
     "SlopeFunctionOracle",
+    "activation_oracle",
     "check",
     "check_allocator",
     "check_estimator",

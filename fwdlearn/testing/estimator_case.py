@@ -9,7 +9,7 @@ all of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -21,8 +21,14 @@ from fwdlearn.allocator import Plan
 from fwdlearn.directions import Directions
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.keys import Key
-from fwdlearn.oracle import SlopeOracle
-from fwdlearn.testing.oracles import Asked, FunctionOracle, SlopeFunctionOracle
+from fwdlearn.noise import Noise
+from fwdlearn.oracle import ActivationOracle, SlopeOracle
+from fwdlearn.testing.oracles import (
+    ActivationFunctionOracle,
+    Asked,
+    FunctionOracle,
+    SlopeFunctionOracle,
+)
 from fwdlearn.testing.problems import Linear, Problem, Quadratic, flatten
 from fwdlearn.testing.report import NotApplicable, disturb
 from fwdlearn.testing.settings import fresh
@@ -34,6 +40,10 @@ ROOT = Key.root(20_261_122)
 SHAPES = {"w": (5, 4), "k": (2, 3, 2), "bias": (4,), "gain": (), "head": (5, 4)}
 
 Alter = Callable[[Asked, Tensor], Tensor]
+_ORACLES: Mapping[type, type[FunctionOracle]] = {
+    SlopeOracle: SlopeFunctionOracle,
+    ActivationOracle: ActivationFunctionOracle,
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class EstimatorCase:
         params: Mapping[str, Tensor] | None = None,
     ) -> FunctionOracle:
         """Offers what the estimator's traits ask for and nothing more."""
-        kind = SlopeFunctionOracle if self.estimator.traits.needs is SlopeOracle else FunctionOracle
+        kind = _ORACLES.get(self.estimator.traits.needs, FunctionOracle)
         if params is None:
             params = {name: value.clone() for name, value in problem.params.items()}
         return kind(problem.losses, params, problem.rows, alter=alter)
@@ -148,8 +158,23 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and left.numpy().tobytes() == right.numpy().tobytes()
 
 
-def sizes(family: Directions, params: Mapping[str, Tensor]) -> Tensor:
-    """[d]: the size of a family's directions in each entry; 1 unless the family says otherwise."""
-    sites = getattr(family, "sites", {})
-    scale = {name: sites[name].scale if name in sites else 1.0 for name in params}
-    return torch.cat([torch.full((v.numel(),), scale[n]).double() for n, v in params.items()])
+def measured(family: Directions | Noise, number: Tensor, names: Iterable[str]) -> Tensor:
+    """[n, d]: what some directions of a family, or numbers of noise, add to the parameters."""
+    return flatten({name: family.dense(name, number) for name in names})
+
+
+def applied(family: Directions | Noise, number: Tensor, names: Iterable[str]) -> Tensor:
+    """[n, d]: the same as they enter a gradient, divided by their squared sizes.
+
+    Noise enters by its score, which may be another number.
+    """
+    parts = {}
+    for name in names:
+        if isinstance(family, Noise):
+            size = torch.tensor(1 / family.size(name), dtype=family.dtype(name))
+            parts[name] = family.times(name, number, size.expand(len(number)), score=True)
+        else:
+            sites = getattr(family, "sites", {})
+            scale = sites[name].scale if name in sites else 1.0
+            parts[name] = family.dense(name, number) / scale**2
+    return flatten(parts)

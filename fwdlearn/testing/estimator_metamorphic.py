@@ -11,13 +11,14 @@ from fwdlearn.allocator import Plan
 from fwdlearn.testing.estimator_case import (
     Answer,
     EstimatorCase,
+    applied,
     distance,
     linear,
+    measured,
     quadratic,
-    sizes,
     unequal,
 )
-from fwdlearn.testing.problems import Quadratic, flatten, unflatten
+from fwdlearn.testing.problems import Quadratic, unflatten
 from fwdlearn.testing.report import Figure, NotApplicable, Suite
 
 CHECKS: Suite[EstimatorCase] = Suite()
@@ -109,13 +110,15 @@ class _Span:
 
 
 def _span(answer: Answer) -> _Span:
-    vectors, rows, size = [], [], torch.ones(())
+    vectors, rows = [], []
     for asked in answer.oracle.asked:
         family, number = asked.directions, asked.direction
         if family is None or number is None:
             continue
-        size = sizes(family, answer.oracle.params)
-        vectors.append(flatten({name: family.dense(name, number) for name in answer.oracle.params}))
+        names = answer.oracle.params
+        vectors.append(
+            torch.cat([measured(family, number, names), applied(family, number, names)], 1)
+        )
         rows.append(asked.row)
     if not vectors:
         raise NotApplicable("it asked for no directions")
@@ -123,9 +126,10 @@ def _span(answer: Answer) -> _Span:
     users: list[set[int]] = [set() for _ in distinct]
     for number, row in zip(index.tolist(), torch.cat(rows).tolist(), strict=True):
         users[number].add(row)
-    if len(distinct) > distinct.shape[1] or torch.linalg.matrix_rank(distinct) < len(distinct):
+    ways, steps = distinct.chunk(2, dim=1)
+    if len(ways) > ways.shape[1] or torch.linalg.matrix_rank(ways) < len(ways):
         raise NotApplicable("it asked for more directions than this problem can tell apart")
-    return _Span(distinct, distinct / size**2, users)
+    return _Span(ways, steps, users)
 
 
 def _residual(answer: Answer, span: _Span) -> dict[str, float]:

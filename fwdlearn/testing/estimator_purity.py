@@ -16,7 +16,7 @@ from fwdlearn.errors import BackwardError
 from fwdlearn.keys import Key
 from fwdlearn.oracle import SlopeOracle, forbid_backward
 from fwdlearn.testing.estimator_case import ROOT, EstimatorCase, differing, quadratic, unequal
-from fwdlearn.testing.oracles import Asked, FunctionOracle
+from fwdlearn.testing.oracles import Asked
 from fwdlearn.testing.report import Figure, Suite, disturb, generator_states
 from fwdlearn.testing.settings import fresh, settings_of
 
@@ -211,7 +211,7 @@ def nothing_runs_backward(case: EstimatorCase) -> Figure:
 
     oracle = case.oracle(problem, params=params)
     if not isinstance(oracle, SlopeOracle):
-        oracle = FunctionOracle(differentiable, params, problem.rows)
+        oracle = type(oracle)(differentiable, params, problem.rows)
     try:
         case.ask(problem, unequal(), oracle=oracle)
     except BackwardError:

@@ -20,8 +20,9 @@ from torch import Tensor
 from fwdlearn.allocator import Plan
 from fwdlearn.directions import Directions
 from fwdlearn.keys import Key
-from fwdlearn.testing.estimator_case import ROOT, EstimatorCase, sizes
-from fwdlearn.testing.problems import Linear, Logistic, Problem, Quadratic, flatten
+from fwdlearn.noise import Noise, SiteNoise
+from fwdlearn.testing.estimator_case import ROOT, EstimatorCase, applied, measured
+from fwdlearn.testing.problems import Linear, Logistic, Problem, Quadratic, flatten, unflatten
 from fwdlearn.testing.report import Figure, NotApplicable, Suite
 from fwdlearn.testing.settings import fresh
 
@@ -50,13 +51,13 @@ class Sample:
     Args:
         grads: [repeats, d].
         variance: [repeats] as reported, or None.
-        family: the directions of the last repeat, or None.
+        families: the directions or the noise of the last repeat, one for each set of parameters.
         scale: their largest size.
     """
 
     grads: Tensor
     variance: Tensor | None
-    family: Directions | None
+    families: tuple[Directions | Noise, ...]
     scale: float
 
     def square_errors(self) -> Tensor:
@@ -78,13 +79,21 @@ def draw(case: EstimatorCase, problem: Problem, plan: Plan, repeats: int, key: K
         grads.append(answer.flat)
         if "variance" in answer.estimate.info:
             variance.append(answer.estimate.info["variance"].double())
-    asked = [block for block in answer.oracle.asked if block.directions is not None]
+    families, scale = {}, 0.0
+    for block in answer.oracle.asked:
+        if block.directions is not None:
+            families[_names(block.directions)] = block.directions
+            scale = max(scale, float(block.scale.abs().max()))
     return Sample(
         torch.stack(grads),
         torch.stack(variance) if variance else None,
-        asked[-1].directions if asked else None,
-        max((float(block.scale.abs().max()) for block in asked), default=0.0),
+        tuple(families.values()),
+        scale,
     )
+
+
+def _names(family: Directions | Noise) -> tuple[str, ...]:
+    return family.names if isinstance(family, Noise) else tuple(family.params)
 
 
 def mean_figure(
@@ -107,11 +116,12 @@ def mean_figure(
 
 
 def smoothed_gradient(
-    problem: Problem, family: Directions, sigma: float, key: Key
+    problem: Problem, family: Directions | SiteNoise, sigma: float, key: Key
 ) -> tuple[Tensor, Tensor]:
     """E (L(params + sigma z) - L(params)) / sigma z / s^2 by sampling, with its standard error.
 
-    s is the size of z in each entry. Independent of any estimator: it draws from the law of
+    s is the size of z in each entry; noise has its score in the place of the second z, and leaves
+    alone the layers that it does not name. Independent of any estimator: it draws from the law of
     `family` under another key, and takes the linear part exactly, which leaves little noise.
 
     Returns:
@@ -119,16 +129,15 @@ def smoothed_gradient(
     """
     sampler = dataclasses.replace(family, key=key, count=TARGET_SAMPLES)
     numbers = torch.arange(TARGET_SAMPLES)
-    steps = {name: sampler.dense(name, numbers) for name in problem.params}
-    z, gradient = flatten(steps), problem.gradient()
-    exact = flatten({name: value.unsqueeze(0) for name, value in gradient.items()})[0]
+    z = measured(sampler, numbers, problem.params)
+    steps, exact = unflatten(z, problem.params), _flat(problem.gradient())
     moved = {name: value + sigma * steps[name] for name, value in problem.params.items()}
     clean, slopes = problem.clean_losses(), z @ exact
     losses = torch.zeros(TARGET_SAMPLES, dtype=torch.float64)
     for row in range(problem.rows):
         at = problem.losses(moved, torch.full((TARGET_SAMPLES,), row))
         losses += (at - clean[row]) / problem.rows
-    rest = (losses / sigma - slopes).unsqueeze(1) * z / sizes(family, problem.params) ** 2
+    rest = (losses / sigma - slopes).unsqueeze(1) * applied(sampler, numbers, problem.params)
     return exact + rest.mean(0), rest.std(0) / math.sqrt(TARGET_SAMPLES)
 
 
@@ -154,14 +163,21 @@ def mean_is_target(case: EstimatorCase) -> Figure:
 
     problem = Logistic.random(ROOT.fold("mean"), 4, SMALL)
     sample = draw(case, problem, plan, MEAN_REPEATS, ROOT.fold("on logistic"))
+    exact = _flat(problem.gradient())
     if target == "gradient":
-        exact = _flat(problem.gradient())
         return _larger(figure, mean_figure(sample.grads, exact, tests=2))
     sigma = float(getattr(case.estimator, "sigma", sample.scale))
-    if not isinstance(sample.family, Directions) or not sigma:
+    named = [name for family in sample.families for name in _names(family)]
+    if not sigma or not named or len(set(named)) < len(named):
         return figure
-    mean, error = smoothed_gradient(problem, sample.family, sigma, ROOT.fold("target"))
-    return _larger(figure, mean_figure(sample.grads, mean, error, tests=2))
+    mean, square_error = exact.clone(), torch.zeros_like(exact)
+    for family in sample.families:
+        if not isinstance(family, (Directions, SiteNoise)):
+            return figure
+        smoothed, error = smoothed_gradient(problem, family, sigma, ROOT.fold("target"))
+        mean += smoothed - exact
+        square_error += error.square()
+    return _larger(figure, mean_figure(sample.grads, mean, square_error.sqrt(), tests=2))
 
 
 def _spread(case: EstimatorCase, directions: int) -> Sample:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fwdlearn.directions import Directions
 from fwdlearn.errors import UsageError
+from fwdlearn.noise import Noise, Output
 from fwdlearn.testing.problems import Problem
 
 RowFunction = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -21,13 +22,13 @@ class Asked:
 
     Args:
         row: int64 [queries].
-        directions: the family, or None for the unperturbed point.
+        directions: the family of directions or the noise, or None for the unperturbed point.
         direction: int64 [queries], or None.
         scale: float64 [queries]; 0 where slopes were asked for.
     """
 
     row: Tensor
-    directions: Directions | None
+    directions: Directions | Noise | None
     direction: Tensor | None
     scale: Tensor
 
@@ -83,7 +84,11 @@ class FunctionOracle:
         return self._answer(asked, self._function(values, row))
 
     def _record(
-        self, row: Tensor, directions: Directions | None, direction: Tensor | None, scale: Tensor
+        self,
+        row: Tensor,
+        directions: Directions | Noise | None,
+        direction: Tensor | None,
+        scale: Tensor,
     ) -> Asked:
         if (directions is None) != (direction is None):
             raise UsageError("losses() needs both a family of directions and their numbers.")
@@ -119,6 +124,52 @@ class SlopeFunctionOracle(FunctionOracle):
         return self._answer(asked, answers[0]), self._answer(asked, answers[1])
 
 
+@dataclass(frozen=True)
+class FunctionCleanPass:
+    """A clean pass over a plain function."""
+
+    losses: Tensor
+    rms: Mapping[str, Tensor]
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {name: cotangents[name].sum(0) for name in cotangents}
+
+
+class ActivationFunctionOracle(FunctionOracle):
+    """An ActivationOracle over any per-row function: each parameter is a layer and its output.
+
+    The layer puts out the parameter itself, for every row anew. Noise in its output is then noise
+    in the parameter of that row, the cotangent of the output is the row's gradient, and whatever
+    is known of a problem is known of its layers.
+    """
+
+    @property
+    def sites(self) -> Mapping[str, Output]:
+        return {n: Output(tuple(v.shape), v.dtype, (n,)) for n, v in self.params.items()}
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        return {}
+
+    def noisy_losses(
+        self, row: Tensor, noise: Noise, index: Tensor, scale: Tensor | float
+    ) -> Tensor:
+        scales = torch.as_tensor(scale, dtype=torch.float64).expand(len(row))
+        asked = self._record(row, noise, index, scales)
+        values = {n: v.detach().repeat(len(row), *[1] * v.dim()) for n, v in self.params.items()}
+        for name in noise.names:
+            noise.add(values[name], name, index, scales)
+        return self._answer(asked, self._function(values, row))
+
+    def clean(self) -> FunctionCleanPass:
+        rms = {name: value.square().mean().sqrt() for name, value in self.params.items()}
+        return FunctionCleanPass(self.losses(torch.arange(self.rows)), rms)
+
+    def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.clean().gather(cotangents)
+
+
 def loss_oracle(problem: Problem) -> FunctionOracle:
     """A LossOracle over a problem, on its own copy of the parameters."""
     return FunctionOracle(problem.losses, _copy(problem), problem.rows)
@@ -127,6 +178,11 @@ def loss_oracle(problem: Problem) -> FunctionOracle:
 def slope_oracle(problem: Problem) -> SlopeFunctionOracle:
     """A SlopeOracle over a problem, on its own copy of the parameters."""
     return SlopeFunctionOracle(problem.losses, _copy(problem), problem.rows)
+
+
+def activation_oracle(problem: Problem) -> ActivationFunctionOracle:
+    """An ActivationOracle over a problem, on its own copy of the parameters."""
+    return ActivationFunctionOracle(problem.losses, _copy(problem), problem.rows)
 
 
 def _copy(problem: Problem) -> dict[str, Tensor]:
