@@ -64,7 +64,22 @@ BUILT_IN: dict[str, dict[str, str]] = {
         name: f"fwdlearn.objectives:{name}"
         for name in ("cross_entropy", "mean_squared_error", "zero_one")
     },
-    "optimizer": {name: f"torch.optim:{name}" for name in _OPTIMIZERS},
+    "optimizer": {name: f"torch.optim:{name}" for name in _OPTIMIZERS}
+    | {"FrankWolfe": "fwdlearn.optim:FrankWolfe"},
+    "set": {
+        name: f"fwdlearn.optim.sets:{name}"
+        for name in (
+            "L1Ball",
+            "L2Ball",
+            "LInfBall",
+            "LpBall",
+            "KSparsePolytope",
+            "NuclearBall",
+            "SpectralBall",
+            "Simplex",
+            "Box",
+        )
+    },
     "schedule": {name: f"torch.optim.lr_scheduler:{name}" for name in _SCHEDULES},
     "sink": {
         "wandb": "fwdlearn.sinks.wandb:Wandb",

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
-from fwdlearn.recipe.annotations import convert
+from fwdlearn.recipe.annotations import convert, expressible, shown
 from fwdlearn.recipe.definitions import definition
 from fwdlearn.recipe.source import Path, Problem, dotted
-from fwdlearn.registry import load, suggest, target_of
+from fwdlearn.registry import KINDS, entries, load, suggest, target_of
 
 PROVIDED: Mapping[str, frozenset[str]] = {
     "model": frozenset({"info"}),
@@ -96,6 +96,9 @@ def bind(
 ) -> tuple[Component | None, list[Problem]]:
     """Imports the target and binds arguments to its signature.
 
+    An argument that is named like a kind, and of a type that YAML cannot write, is a component of
+    that kind itself: `set: {name: L1Ball, radius: 30}`.
+
     Args:
         kind: a kind of the registry.
         path: the section.
@@ -114,19 +117,23 @@ def bind(
     required = {key: each.default is inspect.Parameter.empty for key, each in parameters.items()}
     problems = _check_names(kind, path, given, required, open_ended)
     arguments: dict[str, Any] = {}
+    settings = dict(given)
     for key, value in given.items():
         absent = value is None and required.get(key, False)
         if absent or (key not in required and not open_ended):
             continue
+        annotation = parameters[key].annotation if key in parameters else Any
+        if key in KINDS and expressible(annotation) is None:
+            arguments[key], settings[key], more = _inner(key, (*path, key), value)
+            problems += more
+            continue
         try:
-            annotation = parameters[key].annotation if key in parameters else Any
             arguments[key] = convert(annotation, value)
         except ValueError as error:
             problems.append(Problem((*path, key), str(error)))
     if problems:
         return None, problems
     reserved = PROVIDED.get(kind, frozenset()) | FILLED.get(kind, frozenset())
-    settings = dict(given)
     for key, parameter in parameters.items():
         if (
             kind != "group"
@@ -137,6 +144,24 @@ def bind(
             settings[key] = json.loads(json.dumps(parameter.default, default=str))
     wants = frozenset((reserved & parameters.keys()) - arguments.keys())
     return Component(kind, path, name, target, factory, arguments, settings, wants), []
+
+
+def _inner(kind: str, path: Path, section: Any) -> tuple[Any, Any, list[Problem]]:
+    """A component that is an argument of another: made, as resolved settings, and its problems."""
+    if isinstance(section, str):
+        section = {"name": section}
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        names = suggest("", entries(kind))
+        message = f"must be a name, or `name:` and arguments, got {shown(section)}; {names}"
+        return None, section, [Problem(path, message)]
+    given = {key: value for key, value in section.items() if key != "name"}
+    component, problems = bind(kind, path, section["name"], given)
+    if component is None:
+        return None, section, problems
+    try:
+        return component(), {"name": component.name, **component.settings}, []
+    except Exception as error:  # anyone's constructor, which may raise anything
+        return None, section, [component.blame(error)]
 
 
 def _target(kind: str, name: str) -> str:
