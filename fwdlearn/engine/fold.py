@@ -1,9 +1,9 @@
 """The folded pass: many queries as the rows of one forward pass, no weight ever written.
 
-A torch function mode watches the operations of an unmodified model. Where one of them takes a
-parameter, its rule adds what each row's direction contributes: `x W.T + scale (x b) a.T` for a
-low-rank direction of a linear layer. A use that no rule covers runs row by row on a materialised
-parameter, which is slow and right.
+Operations of an unmodified model that take a parameter are intercepted (`watch.py` says how), and
+a rule adds what each row's direction contributes: `x W.T + scale (x b) a.T` for a low-rank
+direction of a linear layer. A use that no rule covers runs row by row on a materialised parameter,
+which is slow and right.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 from fwdlearn.directions import LowRank
 from fwdlearn.engine.queries import Queries
@@ -22,14 +21,15 @@ from fwdlearn.engine.trace import Rows, TraceError, Use, opened, tensors, unchan
 from fwdlearn.engine.varying import Varying
 
 
-class Fold(TorchFunctionMode):
-    """Perturbs every use of a parameter in the forward passes run inside it.
+class Fold:
+    """Perturbs every use of a parameter in one forward pass.
 
     Args:
         names: id of a parameter -> its name.
         uses: from `trace.compare`.
         rules: torch function -> rule.
         queries: one for each row of the forward pass.
+        kind: of tensors whose operations are intercepted.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class Fold(TorchFunctionMode):
         uses: Sequence[Use],
         rules: Mapping[Any, Rule],
         queries: Queries,
+        kind: type[Tensor] = Tensor,
     ) -> None:
-        super().__init__()
         self.names, self.uses, self.rules = names, uses, rules
-        self.queries = queries
+        self.queries, self.kind = queries, kind
         self.cursor = 0
         group = queries.group
         self.scale = queries.scale[::group]
@@ -58,27 +58,27 @@ class Fold(TorchFunctionMode):
         if self.cursor != len(self.uses):
             raise TraceError("the model left out operations that it ran when it was traced")
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        if not self._takes(args) and not (kwargs and self._takes(kwargs.values())):
-            return func(*args, **kwargs) if kwargs else func(*args)
-        kwargs = kwargs or {}
-        if func not in self.rules and (inside := opened(func)) is not None:
-            with self:
-                return inside(*args, **kwargs)
+    def opened(self, func: Any) -> Callable[..., Any] | None:
+        """A function to be run with its inner calls intercepted instead of itself."""
+        return None if func in self.rules else opened(func)
+
+    def takes(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
+        """Whether a parameter, or something made of parameters alone, is among the arguments."""
+        return self._takes(args) or bool(kwargs) and self._takes(kwargs.values())  # type: ignore[union-attr]
+
+    def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """An operation that `takes` a parameter, as each row's own direction changes it."""
         if unchanged(func, args, kwargs):
             return args[0]
         if self.cursor >= len(self.uses) or self.uses[self.cursor].func != func:
             return self._unseen(func, args, kwargs)
         call = Call(self, self.uses[self.cursor], args, kwargs)
-        rule = self.rules.get(func, by_row)
-        out = rule(call, *args, **kwargs)
+        out = self.rules.get(func, by_row)(call, *args, **kwargs)
         self.cursor += 1
-        if call.use.constant:
-            for result in tensors(out):
-                self._made.setdefault(id(result), (result, None))
-        return out
+        return replaced(out, self._followed) if call.use.constant else out
+
+    def _followed(self, value: Tensor) -> Tensor:
+        return value if id(value) in self._made else self.carry(value, None)
 
     def _takes(self, values: Iterable[Any]) -> bool:
         """Whether a parameter, or something made of parameters alone, is among the values."""
@@ -97,6 +97,10 @@ class Fold(TorchFunctionMode):
     def is_made(self, value: Tensor) -> bool:
         """Whether it is a parameter, or made of parameters alone."""
         return id(value) in self.names or id(value) in self._made
+
+    def is_dense(self, value: Tensor) -> bool:
+        """Whether it stores its numbers as they are, and no quantised form of them."""
+        return type(value) in (Tensor, nn.Parameter, self.kind)
 
     def grouped(self, value: Any) -> Varying | None:
         """What points see of a parameter, or of something made of parameters alone."""
@@ -132,10 +136,11 @@ class Fold(TorchFunctionMode):
         left = thin.left.view(*entries.shape, -1)
         return LowRank(left, thin.right.repeat_interleave(group, 0), thin.scale)
 
-    def carry(self, plain: Tensor, varying: Varying) -> Tensor:
-        """`plain`, marked as a tensor whose rows see `varying`."""
-        self._made[id(plain)] = (plain, varying)
-        return plain
+    def carry(self, plain: Tensor, varying: Varying | None) -> Tensor:
+        """`plain` as a tensor whose rows see `varying`."""
+        followed = plain if self.kind is Tensor else Tensor._make_subclass(self.kind, plain)
+        self._made[id(followed)] = (followed, varying)
+        return followed
 
     def _unseen(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
@@ -224,7 +229,7 @@ def _joined(call: Call, parts: list[Any]) -> Any:
     return join(*parts)
 
 
-def _constant_by_row(call: Call, varying: Mapping[int, Varying], args: Any, kwargs: Any) -> Any:
+def _constant_by_row(call: Call, operands: Mapping[int, Varying], args: Any, kwargs: Any) -> Any:
     """Parameters in, parameters out; unless the result was expanded over the rows."""
     plain = call.func(*args, **kwargs)
     results = list(tensors(plain))
@@ -232,7 +237,7 @@ def _constant_by_row(call: Call, varying: Mapping[int, Varying], args: Any, kwar
     for row in range(call.count):
 
         def one(value: Tensor, row: int = row) -> Tensor:
-            return varying[id(value)].narrowed(row) if id(value) in varying else value
+            return operands[id(value)].narrowed(row) if id(value) in operands else value
 
         parts.append(list(tensors(call.func(*replaced(args, one), **replaced(kwargs, one)))))
     made = {}
@@ -240,8 +245,8 @@ def _constant_by_row(call: Call, varying: Mapping[int, Varying], args: Any, kwar
         if rows is None:
             wide = torch.promote_types(result.dtype, torch.float32)
             delta = torch.stack([part.to(wide) - result.to(wide) for part in seen])
-            call.fold.carry(result, Varying(result, call.fold.queries.scale, delta=delta))
-            made[id(result)] = result
+            varying = Varying(result, call.fold.queries.scale, delta=delta)
+            made[id(result)] = call.fold.carry(result, varying)
         else:
             own = [rows.first(part, call.count)[row] for row, part in enumerate(seen)]
             made[id(result)] = rows.last(torch.stack(own))
@@ -254,7 +259,8 @@ def replaced(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
         return f(value)
     if isinstance(value, (tuple, list)):
         items = [replaced(item, f) for item in value]
-        return type(value)(items) if type(value) in (tuple, list) else type(value)(*items)
+        # Torch's own named results take a sequence, named tuples take their fields.
+        return type(value)(*items) if hasattr(value, "_make") else type(value)(items)  # type: ignore[call-arg]
     if isinstance(value, dict):
         return {key: replaced(item, f) for key, item in value.items()}
     return value

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine import sequential
-from fwdlearn.engine.fold import Fold
 from fwdlearn.engine.params import trainable
 from fwdlearn.engine.queries import Queries, masks
 from fwdlearn.engine.rules import RULES
 from fwdlearn.engine.sites import Activations
 from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
+from fwdlearn.engine.watch import Watch, by_mode, by_type
 from fwdlearn.errors import UsageError
 from fwdlearn.keys import Key
 
@@ -77,6 +77,7 @@ class Engine:
         self._names = {id(value): name for name, value in self.params.items()}
         self._uses: tuple[Use, ...] = ()
         self._widest = 1
+        self._watch: Watch = by_mode
 
     @cached_property
     def activations(self) -> Activations:
@@ -137,7 +138,7 @@ class Engine:
         else:
             try:
                 self._trace(batch, dropout)
-                error = self._check(batch, dropout)
+                error = self._watched(batch, dropout)
                 self._settle(Choice("fold", f"equals the sequential reference to {error:.1e}"))
             except TraceError as error:
                 self._step_down(str(error))
@@ -168,13 +169,13 @@ class Engine:
     def _fold(self, queries: Queries, block: int | None = None) -> Tensor:
         together, order = queries.together()
         parts = []
-        for some in together.blocks(block or self.block(queries.batch)):
-            rows = some.inputs()
-            fold = Fold(self._names, self._uses, RULES, some)
-            with some.masks(), fold:
-                output = self.model(*rows.args, **rows.kwargs)
-            fold.finish()
-            parts.append(self.row_losses(output, rows))
+        with self._watch(self.model, self.params, self._uses, RULES) as start:
+            for some in together.blocks(block or self.block(queries.batch)):
+                rows = some.inputs()
+                with some.masks(), start(some) as fold:
+                    output = self.model(*rows.args, **rows.kwargs)
+                fold.finish()
+                parts.append(self.row_losses(output, rows))
         losses = torch.cat(parts)
         return losses if order is None else torch.empty_like(losses).index_copy_(0, order, losses)
 
@@ -195,6 +196,17 @@ class Engine:
             recorders.append(recorder)
         self._uses = compare(*recorders)
         self._widest = -(-recorders[1].widest // 3)
+
+    def _watched(self, batch: Batch, dropout: Key | None) -> float:
+        """Checks the fold, in the cheap way of watching parameters if that sees them all."""
+        if all(type(value) in (Tensor, nn.Parameter) for value in self.params.values()):
+            try:
+                self._watch = by_type
+                return self._check(batch, dropout)
+            except TraceError:
+                pass
+        self._watch = by_mode
+        return self._check(batch, dropout)
 
     def _check(self, batch: Batch, dropout: Key | None) -> float:
         """The largest difference between the fold and the reference, relative to the change."""

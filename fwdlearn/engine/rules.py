@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fwdlearn.engine.fold import Call, Rule, replaced
 from fwdlearn.engine.trace import Rows, TraceError, tensors
@@ -66,7 +66,7 @@ def _product(
     varying, shift = call.fold.grouped(weight), call.fold.grouped(bias)
     if varying is not None and right:
         varying = varying.transposed(weight.T)
-    if varying is None or type(weight) not in (Tensor, nn.Parameter):
+    if varying is None or not call.fold.is_dense(weight):
         return _corrected(call, plain(x), x, rows, varying, shift)
     repeats = call.fold.queries.repeats if call.use.clean else None
     if repeats is not None:
