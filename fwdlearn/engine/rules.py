@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fwdlearn.engine.costs import copy_pays
 from fwdlearn.engine.fold import Call, Rule, replaced
 from fwdlearn.engine.trace import Rows, TraceError, tensors
 from fwdlearn.engine.varying import Varying
@@ -88,10 +89,23 @@ def _product(
         return _corrected(call, plain(x), x, rows, varying, shift)
     # At the width of its sums: rounded by itself, a small change of a bias would be lost.
     base = bias if shift is None else shift.batched().unsqueeze(1)
+    if varying.thin is not None and copy_pays(x_points, m):
+        for point in range(points):
+            own = None if base is None else base if base.dim() == 1 else base[point]
+            copy = varying.copied(point, matrix)
+            _multiply(x_points[point], copy, own, y_points[point])
+        return out
     # The thin term goes in first and the product is summed on top of it: one rounding.
     varying.product(x_points, base, y_points)
     out.view(-1, m).addmm_(x.reshape(-1, n), matrix)
     return out
+
+
+def _multiply(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, matrix, out=out)
+    else:
+        torch.addmm(bias, x, matrix, out=out)
 
 
 def _corrected(

@@ -117,6 +117,15 @@ class Varying:
         else:
             out.copy_(torch.addcmul(base, inner.to(base.dtype), left.to(base.dtype)))
 
+    def copied(self, point: int, matrix: Tensor) -> Tensor:
+        """[n, m]: `matrix`, the transpose of the plain tensor, as one point sees it."""
+        assert self.thin is not None
+        right = self.thin.right[point] * (self.scale[point] * self.thin.scale).to(matrix.dtype)
+        left = self.thin.left[point].T
+        if left.shape[0] == 1:
+            return torch.addcmul(matrix, right, left)
+        return torch.addmm(matrix, right, left)
+
     def add_product(self, out: Tensor, x: Tensor) -> None:
         """Adds to `out` [points, k, m] what `product` gives."""
         if self.thin is not None and self.thin.left.shape[2] == 1:

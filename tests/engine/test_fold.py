@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions, Factors
-from fwdlearn.engine import Engine
+from fwdlearn.engine import Engine, rules
+from fwdlearn.engine.blocks import Blocks
 from fwdlearn.keys import Key
 
 from .models import CASES, Case, built, cross_entropy, series, tokens
@@ -94,6 +95,37 @@ class _Changed(Factors):
         return self.change(name, value)
 
 
+@pytest.mark.parametrize("copies", [True, False], ids=["copied", "corrected"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_queries_that_share_their_directions(
+    name: str, copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of rows at one point, whole or cut by blocks, of one size or several."""
+    monkeypatch.setattr(rules, "copy_pays", lambda x, m: copies)
+    case, model = CASES[name], built(name)
+    batch = case.batch(6).to("cpu", torch.float64)
+    row, direction = torch.arange(6).repeat(4), torch.arange(4).repeat_interleave(6)
+    mixed = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    signs = torch.tensor([0.03, -0.03], dtype=torch.float64).repeat(12)
+    asked = [
+        (row, direction, torch.tensor(0.03)),
+        (row[mixed], direction[mixed], torch.tensor(0.03)),
+        (row, direction, signs),
+        (row[:-5], direction[:-5], torch.tensor(0.03)),
+    ]
+    reference = Engine(model, case.objective, rung="sequential")
+    for law, rank, block in (("rademacher", 1, None), ("gaussian", 2, 4)):
+        folded = Engine(model, case.objective, rung="fold")
+        if block:
+            monkeypatch.setattr(folded, "block", lambda batch, block=block: block)
+        family = Directions(Key.root(1), dict(folded.params), 4, law, rank)
+        for rows, directions, scale in asked:
+            with torch.inference_mode():
+                one = folded.losses(batch, rows, family, directions, scale)
+                other = reference.losses(batch, rows, family, directions, scale)
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("rows", [6, 5, 2, 1])
 def test_as_many_tokens_as_rows(rows: int) -> None:
     """Where sizes coincide, only the trace can tell rows from tokens."""
@@ -111,16 +143,17 @@ def test_as_many_tokens_as_rows(rows: int) -> None:
     torch.testing.assert_close(one, other, rtol=1e-10, atol=0)
 
 
-def test_block_size_changes_nothing_but_rounding() -> None:
+def test_block_size_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     case, model = CASES["bert"], built("bert")
     batch = case.batch(6)
     losses = []
-    for budget in (1, 2**14, 2**30):
-        engine = Engine(model, case.objective, memory_budget=budget)
+    for rows in (1, 3, 100):
+        monkeypatch.setattr(Blocks, "_fitting", lambda *_, rows=rows: rows)
+        engine = Engine(model, case.objective)
         family = Directions(Key.root(1), dict(engine.params), 10)
         with torch.inference_mode():
             losses.append(engine.losses(batch, ROW, family, DIRECTION, 0.05))
-            assert engine.block(batch) >= 1
+            assert engine.block(batch) == rows
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
     torch.testing.assert_close(losses[0], losses[2], rtol=1e-12, atol=0)
 
