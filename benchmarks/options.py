@@ -1,0 +1,55 @@
+"""What the command line of a measurement takes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TypeVar
+
+from benchmarks.results import FOLDER
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """See `options`."""
+
+    rounds: int
+    only: str
+    output: Path
+
+
+def options(name: str, rounds: int) -> Options:
+    """Reads the command line of `python -m benchmarks.NAME`."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help="that are measured; medians over them"
+    )
+    parser.add_argument(
+        "--only",
+        default="*",
+        metavar="PATTERN",
+        help="measures what has it in its name (* stands for anything), and keeps the results of "
+        "the rest",
+    )
+    parser.add_argument("--output", type=Path, default=FOLDER / f"{name}.json", metavar="FILE")
+    asked = parser.parse_args()
+    if asked.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {asked.rounds}")
+    return Options(asked.rounds, asked.only, asked.output)
+
+
+def chosen(everything: Mapping[str, T], pattern: str) -> dict[str, T]:
+    """What has the pattern in its name.
+
+    Raises:
+        SystemExit: nothing has.
+    """
+    found = {name: one for name, one in everything.items() if fnmatch(name, f"*{pattern}*")}
+    if not found:
+        raise SystemExit(f"--only {pattern!r} fits none of: {'; '.join(everything)}.")
+    return found

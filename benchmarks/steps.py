@@ -1,0 +1,138 @@
+"""Whole steps and their parts, as functions to be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models import cross_entropy
+from fwdlearn.allocator import Plan
+from fwdlearn.batch import Batch
+from fwdlearn.directions import Directions
+from fwdlearn.engine import Engine
+from fwdlearn.estimators import RandomPerturbation
+from fwdlearn.gradient import DirectionGradient
+from fwdlearn.keys import Key
+from fwdlearn.oracle import ModelOracle
+
+SIGMA = 1e-3
+ESTIMATOR = RandomPerturbation(SIGMA, "leave-one-out")
+
+Step = Callable[[], object]
+
+
+def fold(model: nn.Module, batch: Batch, plan: Plan) -> Step:
+    """A whole step: estimate and plain gradient descent."""
+    engine, numbers = Engine(model, cross_entropy, rung="fold"), count()
+
+    def step() -> None:
+        oracle = ModelOracle(engine, batch)
+        _update(engine.params, _gradient(oracle, plan, Key.root(0).fold(next(numbers))))
+
+    return step
+
+
+def noise(model: nn.Module, plan: Plan) -> Step:
+    """The part of `fold` that draws the directions."""
+    params, numbers = Engine(model, cross_entropy).params, count()
+
+    def step() -> None:
+        _drawn(Directions(Key.root(0).fold(next(numbers)), params, plan.directions))
+
+    return step
+
+
+def update(model: nn.Module, plan: Plan) -> Step:
+    """The part of `fold` that forms the gradient from drawn directions, and descends."""
+    params = Engine(model, cross_entropy).params
+    directions = _drawn(Directions(Key.root(0), params, plan.directions))
+    slopes = torch.linspace(-1, 1, plan.directions, dtype=torch.float64)
+    return lambda: _update(params, DirectionGradient(directions, slopes))
+
+
+def inference(model: nn.Module, batch: Batch, index: Tensor, size: int) -> Step:
+    """Plain losses of the rows `index` (int64 [queries], may repeat), `size` at a time."""
+    # Laid out beforehand: what it takes to gather rows is not inference.
+    parts = [batch.select(part) for part in index.split(size)]
+
+    def run() -> None:
+        with torch.inference_mode():
+            for part in parts:
+                cross_entropy(model(*part.args, **part.kwargs), part.targets)
+
+    return run
+
+
+def plain(model: nn.Module, batch: Batch, index: Tensor, sizes: set[int]) -> dict[str, Step]:
+    """`inference` by each of the sizes that there are rows for, and by all rows at once."""
+    queries = len(index)
+    sizes = {max(1, size) for size in sizes if size < queries} | {queries}
+    return {f"inference by {s}": inference(model, batch, index, s) for s in sorted(sizes)}
+
+
+def backprop(model: nn.Module, batch: Batch) -> Step:
+    """One gradient of the batch, and plain gradient descent."""
+
+    def step() -> None:
+        cross_entropy(model(*batch.args, **batch.kwargs), batch.targets).mean().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        _update(dict(model.named_parameters()), gradients)
+        model.zero_grad()
+
+    return step
+
+
+def in_place(model: nn.Module, batch: Batch, seeds: int) -> Step:
+    """The published in-place recipe: two forward passes a seed, four sweeps over the weights."""
+    parameters = list(model.parameters())
+
+    def sweep(seed: int, scale: float) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in parameters:
+            drawn = torch.empty_like(parameter).normal_(generator=generator)
+            parameter.add_(drawn, alpha=scale)
+
+    def losses() -> Tensor:
+        return cross_entropy(model(*batch.args, **batch.kwargs), batch.targets).mean()
+
+    def step() -> None:
+        with torch.no_grad():
+            for seed in range(seeds):
+                sweep(seed, SIGMA)
+                up = losses()
+                sweep(seed, -2 * SIGMA)
+                down = losses()
+                sweep(seed, SIGMA)
+                sweep(seed, -1e-9 * float(up - down))
+
+    return step
+
+
+def _gradient(oracle: ModelOracle, plan: Plan, key: Key) -> Mapping[str, Tensor]:
+    if int(plan.counts.min()) > 1:
+        return ESTIMATOR.estimate(oracle, oracle.params, None, key=key, plan=plan)[0].grad
+    # Rows with a single direction have no other queries of their own: the batch is the baseline.
+    directions = Directions(key, oracle.params, plan.directions)
+    losses = oracle.losses(plan.row, directions, plan.direction, SIGMA).double()
+    slopes = plan.weight * (losses - losses.mean()) / SIGMA
+    total = torch.zeros(plan.directions, dtype=torch.float64)
+    return DirectionGradient(directions, total.index_add_(0, plan.direction, slopes))
+
+
+def _drawn(directions: Directions) -> Directions:
+    factors = directions.at(slice(None))
+    for name, site in directions.sites.items():
+        # Of a long parameter, a pass reads a few entries of what was drawn with the others.
+        if not site.long:
+            factors[name]
+    return directions
+
+
+@torch.no_grad()
+def _update(params: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> None:
+    # So small that the next round starts from the same weights.
+    for name in gradient:
+        params[name].add_(gradient[name], alpha=-1e-9)
