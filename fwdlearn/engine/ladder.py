@@ -17,19 +17,18 @@ from torch import Tensor, nn
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine import sequential
+from fwdlearn.engine.blocks import Blocks
 from fwdlearn.engine.params import trainable
 from fwdlearn.engine.queries import Queries, masks
 from fwdlearn.engine.rules import RULES
 from fwdlearn.engine.sites import Activations
 from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
-from fwdlearn.engine.watch import Watch, by_mode, by_type
+from fwdlearn.engine.watch import Start, Watch, by_mode, by_type
 from fwdlearn.errors import UsageError
 from fwdlearn.keys import Key
 
 RUNGS = ("fold", "sequential")
 
-# The widest activation of a block: about what caches hold on a CPU, what fills a GPU.
-_BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 # Largest difference between rungs, relative to the change that the perturbation makes.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
 
@@ -51,8 +50,8 @@ class Engine:
         model: any module; its weights are never written.
         objective: (output, targets) -> losses [rows].
         rung: "auto", or one of `RUNGS` to insist on it.
-        memory_budget: bytes that the activations of a block may take, or None for a size that
-            keeps the device busy.
+        memory_budget: bytes that a pass may take at its peak, or None for a size that keeps the
+            device busy.
 
     Raises:
         UsageError: `rung` is unknown, or nothing is trainable.
@@ -72,6 +71,7 @@ class Engine:
         self.model, self.objective = model, objective
         self.params: Mapping[str, nn.Parameter] = trainable(model)
         self.wanted, self.memory_budget = rung, memory_budget
+        self.blocks = Blocks(memory_budget)
         self.choice: Choice | None = None
         self.events: list[Choice] = []
         self._names = {id(value): name for name, value in self.params.items()}
@@ -91,12 +91,9 @@ class Engine:
         return max(dtypes, key=lambda dtype: (dtype.itemsize, str(dtype)))
 
     def block(self, batch: Batch) -> int:
-        """Rows of one forward pass. A function of shapes alone, so that runs repeat exactly."""
-        limit = self.memory_budget or _BLOCK_BYTES.get(batch.device.type, 2**28)
-        if self.memory_budget:
-            # Some four activations of the widest kind are alive at once.
-            limit //= 4
-        return max(1, limit // max(1, self._widest))
+        """Rows of one plain pass; see `Blocks`."""
+        dropout = Key.root(0) if self.model.training else None
+        return self.blocks.plain(batch, lambda row: self._clean(batch, row, dropout), self._widest)
 
     def losses(
         self,
@@ -157,30 +154,36 @@ class Engine:
         return losses.to(torch.promote_types(losses.dtype, torch.float32))
 
     def _plain(self, batch: Batch, row: Tensor, dropout: Key | None) -> Tensor:
-        block = len(row) if sequential.mixes_rows(self.model) else self.block(batch)
-        parts = []
-        for part in row.split(block):
-            rows = batch.select(part)
-            with masks(dropout, part):
-                output = self.model(*rows.args, **rows.kwargs)
-            parts.append(self.row_losses(output, rows))
-        return torch.cat(parts)
+        mixing = sequential.mixes_rows(self.model)
+        parts = (row,) if mixing else row.split(self.block(batch))
+        return torch.cat([self._clean(batch, part, dropout) for part in parts])
+
+    def _clean(self, batch: Batch, row: Tensor, dropout: Key | None) -> Tensor:
+        rows = batch.select(row)
+        with masks(dropout, row):
+            output = self.model(*rows.args, **rows.kwargs)
+        return self.row_losses(output, rows)
 
     def _fold(self, queries: Queries, block: int | None = None) -> Tensor:
         together, order = queries.together()
-        parts = []
+        size = block or self.blocks.perturbed(
+            together, lambda some: self._fold(some, len(some)), self._widest
+        )
         with self._watch(self.model, self.params, self._uses, RULES) as start:
-            for some in together.blocks(block or self.block(queries.batch)):
-                rows = some.inputs()
-                with some.masks(), start(some) as fold:
-                    output = self.model(*rows.args, **rows.kwargs)
-                fold.finish()
-                parts.append(self.row_losses(output, rows))
-        losses = torch.cat(parts)
+            losses = torch.cat([self._folded(start, some) for some in together.blocks(size)])
         return losses if order is None else torch.empty_like(losses).index_copy_(0, order, losses)
 
+    def _folded(self, start: Start, some: Queries) -> Tensor:
+        # Of its own, so that the tensors of a block are gone when the next one begins.
+        rows = some.inputs()
+        with some.masks(), start(some) as fold:
+            output = self.model(*rows.args, **rows.kwargs)
+        fold.finish()
+        return self.row_losses(output, rows)
+
     def _sequential(self, queries: Queries, block: int | None = None) -> Tensor:
-        size = block or self.block(queries.batch)
+        mixing = sequential.mixes_rows(self.model)
+        size = block or (len(queries) if mixing else self.block(queries.batch))
         return sequential.run(self.model, self.params, queries, self.row_losses, size)
 
     def _trace(self, batch: Batch, dropout: Key | None) -> None:
@@ -212,8 +215,8 @@ class Engine:
         """The largest difference between the fold and the reference, relative to the change."""
         count = min(3, len(batch))
         row = torch.arange(count, device=batch.device)
-        alone = torch.cat([self._plain(batch, one, dropout) for one in row.split(1)])
-        rounding = (self._plain(batch, row, dropout) - alone).abs().max()
+        alone = torch.cat([self._clean(batch, one, dropout) for one in row.split(1)])
+        rounding = (self._clean(batch, row, dropout) - alone).abs().max()
         directions = Directions(Key.root(0).fold("self-check"), self.params, count)
         tolerance = _TOLERANCE.get(self.dtype, 0.1)
         least = float("inf")

@@ -127,7 +127,7 @@ def test_weights_and_buffers_stay_bitwise_the_same(name: str) -> None:
 
     batch = case.batch(6)
     for rung in ("auto", "sequential"):
-        engine = Engine(model, objective, rung=rung, memory_budget=1)
+        engine = Engine(model, objective, rung=rung)
         family = Directions(Key.root(0), dict(engine.params), 6)
         row, calls = torch.arange(6), 0
         with torch.inference_mode(), pytest.raises(RuntimeError, match="in the middle"):
