@@ -52,7 +52,7 @@ def measure(sweep: str, value: int, rounds: int) -> dict[str, Any]:
 
 
 def plot(results: Results, path: Path) -> None:
-    """A panel for each sweep. Nothing where matplotlib is missing."""
+    """A panel for each sweep that was measured. Nothing where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -61,14 +61,18 @@ def plot(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(SWEEPS), figsize=(13, 3.4), sharey=True)
-    for axis, sweep in zip(axes, SWEEPS, strict=True):
+    sweeps = list(dict.fromkeys(entry["work"] for entry in results))
+    size = (1 + 3 * len(sweeps), 3.4)
+    figure, grid = pyplot.subplots(1, len(sweeps), figsize=size, sharey=True, squeeze=False)
+    axes = grid[0]
+    for axis, sweep in zip(axes, sweeps, strict=True):
         points = [entry for entry in results if entry["work"] == sweep]
         for name in FOLDS:
             costs = [entry[f"cost_{name}"] for entry in points]
             axis.plot([entry["value"] for entry in points], costs, marker="o", label=name)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set(xlabel=sweep if sweep != "directions" else "directions of a row")
     axes[0].set(ylabel="a query / plain inference", ylim=(0, None))
     axes[0].legend(title="directions", fontsize=8)
