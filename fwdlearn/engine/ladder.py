@@ -19,6 +19,7 @@ from fwdlearn.directions import Directions
 from fwdlearn.engine import sequential
 from fwdlearn.engine.blocks import Blocks
 from fwdlearn.engine.params import trainable
+from fwdlearn.engine.prefix import Still, Visits, once, stills
 from fwdlearn.engine.queries import Queries, masks
 from fwdlearn.engine.rules import RULES
 from fwdlearn.engine.sites import Activations
@@ -77,6 +78,7 @@ class Engine:
         self._names = {id(value): name for name, value in self.params.items()}
         self._uses: tuple[Use, ...] = ()
         self._widest = 1
+        self._still: tuple[Still, ...] = ()
         self._watch: Watch = by_mode
 
     @cached_property
@@ -176,7 +178,7 @@ class Engine:
     def _folded(self, start: Start, some: Queries) -> Tensor:
         # Of its own, so that the tensors of a block are gone when the next one begins.
         rows = some.inputs()
-        with some.masks(), start(some) as fold:
+        with once(self._still, some), some.masks(), start(some) as fold:
             output = self.model(*rows.args, **rows.kwargs)
         fold.finish()
         return self.row_losses(output, rows)
@@ -187,17 +189,20 @@ class Engine:
         return sequential.run(self.model, self.params, queries, self.row_losses, size)
 
     def _trace(self, batch: Batch, dropout: Key | None) -> None:
-        recorders = []
+        recorders, visits = [], []
         for count in (2, 3):
             index = torch.arange(count, device=batch.device) % len(batch)
             # New tensors, because the trace marks them.
             rows = batch.select(index).map(torch.clone)
             recorder = Recorder(self._names, RULES)
             recorder.start((rows.args, dict(rows.kwargs)))
-            with masks(dropout, index), recorder:
+            seen = Visits(self.model, self._names, recorder)
+            with masks(dropout, index), recorder, seen:
                 self.model(*rows.args, **rows.kwargs)
             recorders.append(recorder)
+            visits.append(seen)
         self._uses = compare(*recorders)
+        self._still = stills(*visits)
         self._widest = -(-recorders[1].widest // 3)
 
     def _watched(self, batch: Batch, dropout: Key | None) -> float:

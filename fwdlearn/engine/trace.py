@@ -126,14 +126,14 @@ def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
 
 
 @dataclass(frozen=True)
-class _Profile:
+class Profile:
     """The shape of a tensor and its sums along each axis: enough to recognise its rows."""
 
     shape: tuple[int, ...]
     sums: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, value: Tensor) -> _Profile:
+    def of(cls, value: Tensor) -> Profile:
         axes = range(value.dim())
         wide = value.detach().float()
         sums = (wide.sum([other for other in axes if other != axis]) for axis in axes)
@@ -143,8 +143,8 @@ class _Profile:
 @dataclass(frozen=True)
 class _Seen:
     func: Callable[..., Any]
-    inputs: list[_Profile]
-    outputs: list[_Profile]
+    inputs: list[Profile]
+    outputs: list[Profile]
     constant: bool
     clean: bool
 
@@ -187,14 +187,14 @@ class Recorder(TorchFunctionMode):
             raise TraceError(f"{name}() takes a parameter out of torch")
         if unchanged(func, args, kwargs):
             return args[0]
-        before = [_Profile.of(t) for t in operands]
+        before = [Profile.of(t) for t in operands]
         out = func(*args, **kwargs)
         results = list(tensors(out))
         if not results and name != "__setitem__":
             return out
         constant = not any(getattr(t, "_fwdlearn_batch", None) is self for t in operands)
         clean = not any(getattr(t, "_fwdlearn_touched", None) is self for t in operands)
-        after = [_Profile.of(r) for r in results]
+        after = [Profile.of(r) for r in results]
         self.seen.append(_Seen(func, before, after, constant, clean))
         self._mark(func, args, kwargs, operands, out, touched=True)
         if constant:
@@ -235,13 +235,13 @@ def compare(two: Recorder, three: Recorder) -> tuple[Use, ...]:
         raise TraceError("the operations depend on how many rows there are")
     uses = []
     for a, b in zip(two.seen, three.seen, strict=True):
-        inputs = tuple(_rows(*pair) for pair in zip(a.inputs, b.inputs, strict=True))
-        outputs = tuple(_rows(*pair) for pair in zip(a.outputs, b.outputs, strict=True))
+        inputs = tuple(rows_of(*pair) for pair in zip(a.inputs, b.inputs, strict=True))
+        outputs = tuple(rows_of(*pair) for pair in zip(a.outputs, b.outputs, strict=True))
         uses.append(Use(a.func, inputs, outputs, a.constant, a.clean))
     return tuple(uses)
 
 
-def _rows(two: _Profile, three: _Profile) -> Rows | None:
+def rows_of(two: Profile, three: Profile) -> Rows | None:
     if len(two.shape) != len(three.shape):
         raise TraceError("the number of dimensions depends on how many rows there are")
     grown = [axis for axis, size in enumerate(two.shape) if size != three.shape[axis]]
