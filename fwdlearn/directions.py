@@ -329,13 +329,14 @@ class Factors:
     def __init__(self, family: Directions, ids: Tensor | slice, together: bool = True) -> None:
         self.family, self.ids, self.together = family, ids, together
         self._buffers: dict[torch.dtype, Tensor] = {}
+        self._raws: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> LowRank | Tensor:
         """`LowRank`, or [count, *shape] where the directions are dense."""
         site = self.family.sites[name]
         law = LAWS[self.family.law]
         if site.long or not (self.together or self.family.expanded is not None):
-            raw = self.family.raw(self.ids, site.start, site.start + site.blocks)
+            raw = self._raw(site)
             with torch.inference_mode(False):
                 return site.form(law.expand(raw, site.dtype))
         start = site.start * law.numbers_per_block
@@ -356,7 +357,7 @@ class Factors:
             assert isinstance(whole, LowRank)
             number = torch.arange(len(entries), device=entries.device)[:, None]
             return LowRank(whole.left[number, entries], whole.right, whole.scale)
-        raw = self.family.raw(self.ids, site.start, site.start + site.blocks)
+        raw = self._raw(site)
         place = torch.arange(site.rank, device=entries.device)
         index = (entries.unsqueeze(-1) * site.rank + place).flatten(1)
         left = law.pick(raw, index, site.dtype).view(*entries.shape, site.rank)
@@ -364,6 +365,24 @@ class Factors:
         index = torch.arange(site.rank * m, site.numbers, device=entries.device)
         right = law.pick(raw, index.expand(len(raw), -1), site.dtype).view(len(raw), n, site.rank)
         return LowRank(left, right, site.rank**-0.5 * site.scale)
+
+    def numbers(self) -> tuple[dict[torch.dtype, Tensor], dict[str, Tensor]]:
+        """All that depends on the key: numbers by dtype, and the kept form of long parameters."""
+        sites = self.family.sites.values()
+        for dtype in {site.dtype for site in sites if not site.long}:
+            self._buffer(dtype)
+        return self._buffers, {site.name: self._raw(site) for site in sites if site.long}
+
+    def given(self, buffers: Mapping[torch.dtype, Tensor], raws: Mapping[str, Tensor]) -> Factors:
+        """The same with numbers from elsewhere, in the form that `numbers` gives."""
+        other = Factors(self.family, self.ids)
+        other._buffers, other._raws = dict(buffers), dict(raws)
+        return other
+
+    def _raw(self, site: Site) -> Tensor:
+        if site.name in self._raws:
+            return self._raws[site.name]
+        return self.family.raw(self.ids, site.start, site.start + site.blocks)
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._buffers:

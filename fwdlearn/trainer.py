@@ -16,11 +16,13 @@ from fwdlearn.allocator import Allocator, Plan
 from fwdlearn.batch import Batch
 from fwdlearn.data.types import Data, Dataset
 from fwdlearn.engine import Choice, Engine
+from fwdlearn.engine.footprint import footprint
 from fwdlearn.engine.params import read_only
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
+from fwdlearn.forecast import counted, timed
 from fwdlearn.keys import Key
-from fwdlearn.memory import keep_freed_pages, optimizer_bytes, peak_bytes, weights_bytes
+from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
 from fwdlearn.objectives import correct
 from fwdlearn.oracle import ModelOracle, forbid_backward, require
 
@@ -96,7 +98,8 @@ class Trainer:
         train_mode: puts the model into training mode: dropout with one mask a row and step,
             batch normalisation on the batch's own statistics.
         rung: how perturbed passes run: "auto", "fold" or "sequential".
-        memory_budget: bytes that the activations of a block of queries may take.
+        memory_budget: bytes that a forward pass of queries may take at its peak.
+        compile: whether folded passes run as compiled graphs; slow to start, off by default.
         sinks: told of the start, of every record and of the end.
 
     Raises:
@@ -124,6 +127,7 @@ class Trainer:
         train_mode: bool = False,
         rung: str = "auto",
         memory_budget: int | None = None,
+        compile: bool = False,
         sinks: Sequence[Reporter] = (),
     ) -> None:
         counts = {
@@ -157,7 +161,7 @@ class Trainer:
         self.evaluation_batch_size = evaluation_batch_size
         self.sinks = sinks
         self.key = Key.root(seed)
-        self.engine = Engine(model, objective, rung, memory_budget)
+        self.engine = Engine(model, objective, rung, memory_budget, compile)
         self._check_parts()
 
     def train(self) -> dict[str, Any]:
@@ -225,35 +229,55 @@ class Trainer:
         loss, right, rated = 0.0, 0, True
         with self._mode(False), forbid_backward(), torch.inference_mode():
             for index in torch.arange(len(dataset)).split(self.evaluation_batch_size):
-                batch = dataset.batch(index).to(self.device)
-                output = self.model(*batch.args, **batch.kwargs)
-                loss += float(self.engine.row_losses(output, batch).double().sum())
-                hits = correct(output, batch.targets)
+                losses, hits = self._scored(dataset.batch(index).to(self.device))
+                loss += float(losses.double().sum())
                 rated = rated and hits is not None
                 right += int(hits.sum()) if hits is not None else 0
         scores = {"loss": loss / len(dataset)}
         return {**scores, "accuracy": right / len(dataset)} if rated else scores
 
     def explain(self) -> dict[str, Any]:
-        """What a run would do and cost, from a few steps that are measured and thrown away."""
+        """What a run would do and take, from a few steps that are thrown away.
+
+        Returns:
+            `rung`, `reason`, `memory_bytes` (at the peak: on a CPU of the whole process),
+            `memory_parts` (bytes by what takes them; the last three not at the same time),
+            `queries_per_second` and the counts of a run.
+        """
+        state, plans = self.estimator.init(self.engine.params), self.allocator.init()
+        step = -1
+
+        def estimate() -> Estimate:
+            nonlocal step, state, plans
+            step += 1
+            made, state, plans = self._estimate(step, state, plans)
+            return made
+
         with self._mode(self.train_mode):
             choice = self._choose()
-            state, plans = self.estimator.init(self.engine.params), self.allocator.init()
-            seconds, queries = [], 0
-            for step in range(3):
-                started = time.monotonic()
-                estimate, _, _ = self._estimate(step, state, plans)
-                for name in estimate.grad:
-                    estimate.grad[name].square().sum().item()
-                seconds.append(time.monotonic() - started)
-                queries = estimate.queries
-            plan, _ = self._plan(0, plans)
+            # Before anything of full size has run: what is composed below comes on top of it.
+            process, so_far = in_use_bytes(self.device), peak_bytes(self.device)
+            parts = (estimate, self.engine.params, self.optimizer)
+            taken = counted(*parts, torch.device(self.device))
+            speed = timed(*parts)
+            plan, _ = self._plan(0, self.allocator.init())
+        evaluation = self._evaluation_bytes()
+        top = max(taken.peak, evaluation)
+        weights = weights_bytes(self.model)
         return {
             "rung": choice.rung,
             "reason": choice.reason,
-            "memory_bytes": peak_bytes(self.device) + optimizer_bytes(self.optimizer),
-            "queries_per_second": queries / min(seconds[1:]),
-            "queries_per_step": queries,
+            "memory_bytes": max(so_far, process + taken.optimizer + top),
+            "memory_parts": {
+                "process": process - weights,
+                "weights": weights,
+                "optimizer": taken.optimizer,
+                "estimate": taken.estimate,
+                "update": taken.held + taken.update,
+                "evaluation": evaluation,
+            },
+            "queries_per_second": speed,
+            "queries_per_step": self.estimator.traits.queries(plan),
             "rows": self.batch_size,
             "directions": plan.directions,
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -268,6 +292,23 @@ class Trainer:
         order = self._order(epoch)
         index = order[place * self.batch_size : (place + 1) * self.batch_size]
         return self.data.train.batch(index).to(self.device)
+
+    def _scored(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        output = self.model(*batch.args, **batch.kwargs)
+        return self.engine.row_losses(output, batch), correct(output, batch.targets)
+
+    def _evaluation_bytes(self) -> int:
+        """Of the pass over a batch of evaluation rows, from passes over few of them."""
+        dataset = self.data.evaluation
+        if dataset is None or not len(dataset):
+            return 0
+        device, rows = torch.device(self.device), min(self.evaluation_batch_size, len(dataset))
+
+        def run(count: int) -> object:
+            return self._scored(dataset.batch(torch.arange(count) % rows).to(device))
+
+        with self._mode(False), forbid_backward(), torch.inference_mode():
+            return footprint(run, device).bytes(rows)
 
     def _order(self, epoch: int) -> Tensor:
         if getattr(self, "_ordered", (None,))[0] != epoch:

@@ -8,8 +8,9 @@ they disagree; it says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,15 @@ from fwdlearn.engine.watch import Start, Watch, by_mode, by_type
 from fwdlearn.errors import UsageError
 from fwdlearn.keys import Key
 
+if TYPE_CHECKING:
+    from fwdlearn.engine.compiled import Compiled
+
 RUNGS = ("fold", "sequential")
 
 # Largest difference between rungs, relative to the change that the perturbation makes.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
+
+_BACKENDS = (False, True, "inductor", "aot_eager", "eager")
 
 Objective = Callable[[object, Tensor], Tensor]
 
@@ -53,9 +59,11 @@ class Engine:
         rung: "auto", or one of `RUNGS` to insist on it.
         memory_budget: bytes that a pass may take at its peak, or None for a size that keeps the
             device busy.
+        compile: whether folded passes run as compiled graphs: True for `torch.compile`'s own
+            compiler, or the name of one of its backends. Losses differ by rounding.
 
     Raises:
-        UsageError: `rung` is unknown, or nothing is trainable.
+        UsageError: `rung` or `compile` is unknown, or nothing is trainable.
     """
 
     def __init__(
@@ -64,7 +72,11 @@ class Engine:
         objective: Objective,
         rung: str = "auto",
         memory_budget: int | None = None,
+        compile: bool | str = False,
     ) -> None:
+        if compile not in _BACKENDS:
+            names = ", ".join(repr(name) for name in _BACKENDS)
+            raise UsageError(f"compile must be one of {names}, got {compile!r}.")
         if rung not in ("auto", *RUNGS):
             raise UsageError(f"rung must be auto, {' or '.join(RUNGS)}, got {rung!r}.")
         if memory_budget is not None and memory_budget < 1:
@@ -80,6 +92,13 @@ class Engine:
         self._widest = 1
         self._still: tuple[Still, ...] = ()
         self._watch: Watch = by_mode
+        self.compiled: Compiled | None = None
+        if compile:
+            # Slow to import, and seldom asked for.
+            from fwdlearn.engine.compiled import Compiled
+
+            backend = compile if isinstance(compile, str) else "inductor"
+            self.compiled = Compiled(model, self.params, self.row_losses, backend)
 
     @cached_property
     def activations(self) -> Activations:
@@ -172,10 +191,21 @@ class Engine:
             together, lambda some: self._fold(some, len(some)), self._widest
         )
         with self._watch(self.model, self.params, self._uses, RULES) as start:
-            losses = torch.cat([self._folded(start, some) for some in together.blocks(size)])
+            # A size of its own is for checks and measurements, of the plain fold.
+            run = self._eager if block else self._folded
+            losses = torch.cat([run(start, some) for some in together.blocks(size)])
         return losses if order is None else torch.empty_like(losses).index_copy_(0, order, losses)
 
     def _folded(self, start: Start, some: Queries) -> Tensor:
+        compiled = self.compiled
+        if compiled is None or compiled.refusal is not None or self.choice is None:
+            return self._eager(start, some)
+        losses = compiled.losses(some, self._uses, RULES, lambda: self._eager(start, some))
+        if compiled.refusal is not None:
+            self._settle(replace(self.choice, reason=f"not compiled: {compiled.refusal}"))
+        return losses
+
+    def _eager(self, start: Start, some: Queries) -> Tensor:
         # Of its own, so that the tensors of a block are gone when the next one begins.
         rows = some.inputs()
         with once(self._still, some), some.masks(), start(some) as fold:

@@ -54,6 +54,7 @@ class TrainerSection(_Section):
     memory_budget: Annotated[Count | None, BeforeValidator(as_bytes)] = Field(
         default=None, description="bytes that a block of queries may take, or text such as 2 GiB"
     )
+    compile: bool = Field(default=False, description="run folded passes as compiled graphs")
 
 
 class OutputSection(_Section):
