@@ -1,16 +1,14 @@
-"""What weights and optimizers take of the memory, and what the process has taken."""
+"""The memory of a process: what it takes, what is left, and what becomes of freed pages."""
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import os
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 # Parameters of glibc's mallopt; its environment variables, with which a user decides instead.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -89,20 +87,3 @@ def weights_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, tied ones once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that an optimizer will keep beside the weights, found on a matrix of its own."""
-    total = 0
-    for group in optimizer.param_groups:
-        probe = nn.Parameter(torch.zeros(2, 2))
-        probe.grad = torch.ones(2, 2)
-        twin = copy.copy(optimizer)
-        twin.state = defaultdict(dict)
-        twin.param_groups = [{**group, "params": [probe]}]
-        # A schedule has wrapped the step of the original; the class's own knows nothing of it.
-        type(twin).step(twin)
-        values = twin.state[probe].values()
-        kept = sum(isinstance(value, Tensor) and value.shape == probe.shape for value in values)
-        total += kept * sum(p.numel() * p.element_size() for p in group["params"])
-    return total

@@ -31,6 +31,12 @@ def explanation(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         pairs.append(("queries a second", f"about {shown.pop('queries_per_second'):,.0f}"))
     if "memory_bytes" in shown:
         pairs.append(("peak memory", f"about {size(shown.pop('memory_bytes'))}"))
+    if "memory_parts" in shown:
+        parts = {name: f"{name} {size(count)}" for name, count in shown.pop("memory_parts").items()}
+        always = [parts.pop(name) for name in ("process", "weights", "optimizer")]
+        pairs.append(
+            ("of it", f"{' + '.join(always)} + the largest of {', '.join(parts.values())}")
+        )
     if "parameters" in shown:
         count = f"{shown.pop('parameters'):,}"
         if "trainable" in shown:

@@ -42,7 +42,7 @@ class Footprint:
 
     def bytes(self, rows: int) -> int:
         """Live at the peak of a pass over `rows`, beside what was there before it."""
-        return max(0, *(round(fixed + rows * slope) for fixed, slope in self.lines))
+        return max([0, *(round(fixed + rows * slope) for fixed, slope in self.lines)])
 
     def rows(self, budget: int) -> int:
         """The most rows whose peak is within `budget` bytes; 0 where one row is too many."""

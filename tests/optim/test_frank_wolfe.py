@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fwdlearn.errors import NonFiniteError, UsageError
-from fwdlearn.memory import optimizer_bytes
+from fwdlearn.forecast import optimizer_bytes
 from fwdlearn.optim import FrankWolfe
 from fwdlearn.optim.sets import (
     Box,
