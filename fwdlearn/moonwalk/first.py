@@ -42,7 +42,7 @@ class FirstPhase(Protocol):
         x: Tensor,
         end: Callable[[Tensor], Tensor],
         places: Collection[int],
-        fragments: bool,
+        erasing: Collection[int],
     ) -> Notes:
         """Notes on the layers `parts`.
 
@@ -51,7 +51,7 @@ class FirstPhase(Protocol):
             x: input of the first.
             end: output of the last -> its cotangent.
             places: where anchors are wanted, from 0 (the input) to len(parts) (the output).
-            fragments: whether they are wanted.
+            erasing: the layers whose fragments are wanted.
         """
 
 
@@ -60,7 +60,7 @@ def by_residuals(
     x: Tensor,
     end: Callable[[Tensor], Tensor],
     places: Collection[int],
-    fragments: bool,
+    erasing: Collection[int],
 ) -> Notes:
     """See `FirstPhase`."""
     residuals = []
@@ -72,7 +72,7 @@ def by_residuals(
         while residuals:
             yield residuals.pop()
 
-    return _reverse(parts, end(x), latest(), places, fragments, len(parts))
+    return _reverse(parts, end(x), latest(), places, erasing, len(parts))
 
 
 def by_inversion(
@@ -80,7 +80,7 @@ def by_inversion(
     x: Tensor,
     end: Callable[[Tensor], Tensor],
     places: Collection[int],
-    fragments: bool,
+    erasing: Collection[int],
 ) -> Notes:
     """See `FirstPhase`. Keeps the inputs of layers that cannot be inverted."""
     kept = []
@@ -94,7 +94,7 @@ def by_inversion(
             y = layer.inverse(y) if layer.invertible else kept.pop()
             yield layer.residual(y)
 
-    return _reverse(parts, end(x), found(x), places, fragments, 2 * len(parts))
+    return _reverse(parts, end(x), found(x), places, erasing, 2 * len(parts))
 
 
 def by_tangents(
@@ -102,7 +102,7 @@ def by_tangents(
     x: Tensor,
     end: Callable[[Tensor], Tensor],
     places: Collection[int],
-    fragments: bool,
+    erasing: Collection[int],
 ) -> Notes:
     """See `FirstPhase`. Each anchor and each fragment takes tangents of its own."""
     output = x
@@ -118,7 +118,7 @@ def by_tangents(
         if place in places:
             notes.anchors[place] = cotangent(place, x)
         residual, x = layer.residual(x), layer(x)
-        if fragments:
+        if place in erasing:
             # A cotangent of zeros tells whether the layer erases at all.
             kept = layer.fragment(residual, torch.zeros_like(x, dtype=h.dtype))
             if kept is not None:
@@ -134,7 +134,7 @@ def _reverse(
     h: Tensor,
     residuals: Iterator[Any],
     places: Collection[int],
-    fragments: bool,
+    erasing: Collection[int],
     evaluations: int,
 ) -> Notes:
     notes = Notes(evaluations=evaluations)
@@ -142,7 +142,7 @@ def _reverse(
         notes.anchors[len(parts)] = h
     for place in reversed(range(len(parts))):
         layer, residual = parts[place][1], next(residuals)
-        if fragments:
+        if place in erasing:
             notes.fragments[place] = layer.fragment(residual, h)
         h = layer.vjp(residual, h)
         if place in places:

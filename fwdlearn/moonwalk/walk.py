@@ -177,14 +177,16 @@ class Walk:
         Returns the output of the last layer with trainable parameters.
         """
         stops, nested = _stops(parts, spacings[0]), len(spacings) > 1
-        notes = self._first(parts, x, end, {0, *stops}, fragments=not nested)
+        bounds = list(pairwise([0, *stops]))
+        undone = {i for a, b in bounds for i in range(a, a + _undone(parts[a:b])) if not nested}
+        notes = self._first(parts, x, end, {0, *stops}, undone)
         self.evaluations += notes.evaluations
         h = notes.anchors.pop(0)
-        for start, stop in pairwise([0, *stops]):
+        for start, stop in bounds:
             stretch, goal = parts[start:stop], notes.anchors.pop(stop)
             again: Sequence[int] | None = spacings[1:] or None
             if not nested:
-                fragments = [notes.fragments.pop(place) for place in range(start, stop)]
+                fragments = [notes.fragments.pop(place, None) for place in range(start, stop)]
                 y, found, drift = _stretch(stretch, x, h, goal, fragments)
                 self.evaluations += len(stretch)
                 # Not a number is a miss too.
@@ -211,7 +213,7 @@ def _stretch(
     The last layer with parameters is pulled back from the goal, which is exact and cheaper than
     an inverse; the cotangents that come from both sides are compared before it.
     """
-    last = max((i + 1 for i, part in enumerate(parts[:-1]) if _trained(part)), default=0)
+    last = _undone(parts)
     found: list[Named] = []
     for (name, layer), fragment in zip(parts[:last], fragments, strict=False):
         x, h, gradients = layer.advance(x, h, fragment)
@@ -221,6 +223,12 @@ def _stretch(
     drift = float((h - exact).norm() / exact.norm()) if last else 0.0
     wanted = {f"{name}.{key}" for name, layer in parts for key in _trainable(layer)}
     return y, [(name, value) for name, value in found if name in wanted], drift
+
+
+def _undone(parts: Sequence[Part]) -> int:
+    """How many layers of a stretch are gone through by inverse products: those up to the last
+    but one with trainable parameters."""
+    return max((i + 1 for i, part in enumerate(parts[:-1]) if _trained(part)), default=0)
 
 
 def _stops(parts: Sequence[Part], spacing: int) -> list[int]:
