@@ -53,6 +53,10 @@ class Fold:
     def rows(self) -> int:
         return len(self.queries)
 
+    @property
+    def points(self) -> int:
+        return len(self.scale)
+
     def finish(self) -> None:
         """Raises TraceError unless every use that was expected has come."""
         if self.cursor != len(self.uses):
@@ -179,6 +183,27 @@ class Call:
             if operand is value:
                 return rows
         raise AssertionError("not an operand of this call")
+
+    def at_one_point(self) -> bool:
+        """Whether all rows see the same parameters, which had better be written out then.
+
+        Never in short dtypes, where a parameter plus a small change rounds back to itself.
+        """
+        fold = self.fold
+        return fold.points == 1 and all(
+            value.dtype in (torch.float32, torch.float64)
+            for value in tensors((self.args, self.kwargs))
+            if fold.is_made(value)
+        )
+
+    def written_out(self) -> Any:
+        """Runs the operation on the parameters of the only point."""
+
+        def seen(value: Tensor) -> Tensor:
+            varying = self.fold.grouped(value)
+            return value if varying is None else varying.narrowed(0)
+
+        return self.func(*replaced(self.args, seen), **replaced(self.kwargs, seen))
 
     def by_row(self) -> Any:
         """Runs the operation row by row, each on its own materialised parameters."""

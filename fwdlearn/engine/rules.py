@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fwdlearn.engine.costs import copy_pays
 from fwdlearn.engine.fold import Call, Rule, replaced
+from fwdlearn.engine.queries import Repeats
 from fwdlearn.engine.trace import Rows, TraceError, tensors
 from fwdlearn.engine.varying import Varying
 
@@ -33,6 +34,10 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     rows = call.rows(input)
     if rows is None or weight.dim() != 2 or call.fold.is_made(input):
         return call.by_row()
+    if call.at_one_point() and call.fold.is_dense(weight) and not _repeats(call):
+        entries = input.numel() // input.shape[-1]
+        if copy_pays(input.reshape(1, entries, -1), weight.shape[0]):
+            return call.written_out()
     return _product(call, input, rows, weight, bias)
 
 
@@ -69,7 +74,7 @@ def _product(
         varying = varying.transposed(weight.T)
     if varying is None or not call.fold.is_dense(weight):
         return _corrected(call, plain(x), x, rows, varying, shift)
-    repeats = call.fold.queries.repeats if call.use.clean else None
+    repeats = _repeats(call)
     if repeats is not None:
         # The queries of a row still see the same input: one product serves them all.
         few = plain(rows.last(rows.first(x, call.count)[repeats.first]))
@@ -99,6 +104,11 @@ def _product(
     varying.product(x_points, base, y_points)
     out.view(-1, m).addmm_(x.reshape(-1, n), matrix)
     return out
+
+
+def _repeats(call: Call) -> Repeats | None:
+    """How rows recur in operands that no perturbation has reached."""
+    return call.fold.queries.repeats if call.use.clean else None
 
 
 def _multiply(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -187,7 +197,9 @@ def conv(
     spatial = weight.dim() - 2
     if rows != Rows(0) or input.dim() != spatial + 2 or call.fold.is_made(input):
         return call.by_row()
-    repeats = call.fold.queries.repeats if call.use.clean else None
+    repeats = _repeats(call)
+    if repeats is None and call.at_one_point():
+        return call.written_out()
     few = input if repeats is None else input[repeats.first]
     out = call.func(few, weight, bias, stride, padding, dilation, groups)
     if repeats is not None:
@@ -226,6 +238,8 @@ def layer_norm(
     eps: float = 1e-5,
     *args: Any,
 ) -> Any:
+    if call.rows(input) is not None and not call.fold.is_made(input) and call.at_one_point():
+        return call.written_out()
     # Torch is twice as fast where there is something to multiply with.
     ones = input.new_ones(()).expand(normalized_shape).contiguous()
     return _affine(call, F.layer_norm(input, normalized_shape, ones, None, eps), weight, bias)

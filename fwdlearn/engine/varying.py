@@ -40,14 +40,19 @@ class Varying:
         """The same with a point of its own for each row."""
         if self.group == 1:
             return self
-        number = torch.arange(self.points, device=self.scale.device)
-        number = number.repeat_interleave(self.group)
+        rows = self.points * self.group
+
+        def each(value: Tensor) -> Tensor:
+            if self.points == 1:
+                return value.expand(rows, *value.shape[1:])
+            return value.repeat_interleave(self.group, 0)
+
         thin, delta = self.thin, self.delta
         if thin is not None:
-            thin = LowRank(thin.left[number], thin.right[number], thin.scale)
+            thin = LowRank(each(thin.left), each(thin.right), thin.scale)
         if delta is not None:
-            delta = delta[number]
-        return Varying(self.plain, self.scale[number], thin, delta)
+            delta = each(delta)
+        return Varying(self.plain, each(self.scale), thin, delta)
 
     def transposed(self, plain: Tensor) -> Varying:
         """The transpose of a matrix; `plain` is its plain tensor, already transposed."""
@@ -76,14 +81,18 @@ class Varying:
 
     def narrowed(self, point: int) -> Tensor:
         """What one point sees, in the dtype of the plain tensor."""
-        one = slice(point, point + 1)
+        wide = self.plain.to(self.wide)
         if self.delta is not None:
-            value = self.plain.to(self.wide) + self.delta[point]
+            return (wide + self.delta[point]).to(self.plain.dtype)
+        assert self.thin is not None
+        left, right = self.thin.left[point].to(self.wide), self.thin.right[point].to(self.wide)
+        left = left * (self.scale[point] * self.thin.scale).to(self.wide)
+        flat = wide.view(len(left), len(right)) if wide.dim() != 2 else wide
+        if left.shape[1] == 1:
+            changed = torch.addcmul(flat, left, right.T)
         else:
-            assert self.thin is not None
-            thin = LowRank(self.thin.left[one], self.thin.right[one], self.thin.scale)
-            value = Varying(self.plain, self.scale[one], thin).batched()[0]
-        return value.to(self.plain.dtype)
+            changed = torch.addmm(flat, left, right.T)
+        return changed.view(self.plain.shape).to(self.plain.dtype)
 
     def inner(self, x: Tensor) -> Tensor:
         """`x` [points, k, n] times the right factors and the scale: [points, k, rank]."""
