@@ -1,6 +1,6 @@
 """How many rows go through the model at once.
 
-Enough to keep the device busy, no more than caches hold on a CPU, and within memory. The number is
+Enough to keep the device busy, and within memory. The number is
 a function of shapes and settings, so that runs repeat exactly; only where free memory is shorter
 than that does the machine decide.
 """
@@ -20,8 +20,8 @@ from fwdlearn.engine.queries import Queries
 from fwdlearn.errors import UsageError
 from fwdlearn.memory import free_bytes
 
-# The widest activation of a block: about what caches hold on a CPU, what fills a GPU.
-_WIDEST_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
+# The widest activation of a block: what keeps matrix products at full speed, on a CPU and a GPU.
+_WIDEST_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 # The share of free memory that a block may take where no budget is given.
 _SHARE = 0.5
 
