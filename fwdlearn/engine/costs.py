@@ -2,7 +2,7 @@
 
 With k tokens at one point, a matrix of m x n can be perturbed in the output, at a read of the
 input and a write of the output for every token, or in a temporary copy of the matrix, at a sweep
-over it for every point. The constants are nanoseconds a number, measured on two cores with AVX2;
+over it for every point; several points then take as many smaller products. The constants are nanoseconds a number, measured on two cores with AVX2;
 only their ratios matter, and those are ratios of memory traffic. They are fixed and not measured
 anew at each start: a run that chooses by a clock does not repeat bit for bit.
 """
@@ -22,20 +22,26 @@ class Costs:
         read: a number of the input, multiplied and summed.
         write: a number of the output, multiplied and added.
         copy: a number of the matrix, perturbed into a copy.
+        split: a number of the matrix, for a product of its own at each of several points.
         call: a point, for what starts its two operations.
     """
 
     read: float
     write: float
     copy: float
+    split: float
     call: float
 
-    def copy_pays(self, k: int, n: int, m: int) -> bool:
-        """Whether a temporary matrix [n, m] is cheaper for k tokens than a corrected output."""
-        return k * (self.read * n + self.write * m) > self.copy * n * m + self.call
+    def copy_pays(self, points: int, k: int, n: int, m: int) -> bool:
+        """Whether temporary matrices [n, m] are cheaper for k tokens each than correcting."""
+        each = self.copy + (self.split if points > 1 else 0)
+        return k * (self.read * n + self.write * m) > each * n * m + self.call
 
 
-COSTS = {"cpu": Costs(0.065, 0.12, 0.115, 15_000), "cuda": Costs(0.001, 0.002, 0.002, 10_000)}
+COSTS = {
+    "cpu": Costs(0.065, 0.12, 0.115, 0.5, 15_000),
+    "cuda": Costs(0.001, 0.002, 0.002, 0.002, 10_000),
+}
 
 
 def copy_pays(x: torch.Tensor, m: int) -> bool:
@@ -45,4 +51,4 @@ def copy_pays(x: torch.Tensor, m: int) -> bool:
     """
     costs = COSTS.get(x.device.type)
     wide = x.dtype in (torch.float32, torch.float64)
-    return wide and costs is not None and costs.copy_pays(x.shape[1], x.shape[2], m)
+    return wide and costs is not None and costs.copy_pays(*x.shape, m)
