@@ -40,10 +40,13 @@ def peak_bytes(device: str) -> int:
     """The most memory in use so far: of the whole process on a CPU, of tensors on a GPU."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    # What getrusage says on Linux may be the peak of the process that started this one.
+    known = _status("VmHWM:")
+    if known is not None:
+        return known
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Kibibytes on Linux, bytes on macOS.
     return peak if sys.platform == "darwin" else peak * 1024
 
 
@@ -51,12 +54,18 @@ def in_use_bytes(device: str) -> int:
     """The memory in use now: of the whole process on a CPU, of tensors on a GPU."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.memory_allocated(device))
+    known = _status("VmRSS:")
+    # Where the system does not say, the peak is all that can be had.
+    return peak_bytes(device) if known is None else known
+
+
+def _status(name: str) -> int | None:
     try:
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     except OSError:
-        # Where there is no such file, the peak is all that can be had.
-        return peak_bytes(device)
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        return None
+    found = (line.split()[1] for line in lines if line.startswith(name))
+    return next((int(kibibytes) * 1024 for kibibytes in found), None)
 
 
 def free_bytes(device: str) -> int | None:
