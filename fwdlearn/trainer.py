@@ -193,6 +193,8 @@ class Trainer:
                 square_norm = self._update(estimate)
                 spent += estimate.queries
                 window.add(estimate, square_norm, time.monotonic() - started)
+                # What it holds goes before the next one is made.
+                del estimate
                 if step % self.log_every == 0 or step == self._planned():
                     last = window.record()
                     self._log(step, spent, begun, {"lr": float(lr), **last})
