@@ -91,9 +91,9 @@ class Compiled:
         if new or self.calls % _CHECK_EVERY == 0:
             plain = eager()
             allowed = _TOLERANCE.get(next(iter(self.params.values())).dtype, 0.05)
-            error = float(((losses - plain).abs() / plain.abs().clamp(min=1e-3)).max())
-            if not error <= allowed:
-                self.refusal = f"the compiled losses differ by {error:.1e} of themselves"
+            apart = float(((losses - plain).abs() / plain.abs().clamp(min=1e-3)).max())
+            if not apart <= allowed:
+                self.refusal = f"the compiled losses differ by {apart:.1e} of themselves"
                 return plain
         return losses
 

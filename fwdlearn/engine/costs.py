@@ -2,9 +2,10 @@
 
 With k tokens at one point, a matrix of m x n can be perturbed in the output, at a read of the
 input and a write of the output for every token, or in a temporary copy of the matrix, at a sweep
-over it for every point; several points then take as many smaller products. The constants are nanoseconds a number, measured on two cores with AVX2;
-only their ratios matter, and those are ratios of memory traffic. They are fixed and not measured
-anew at each start: a run that chooses by a clock does not repeat bit for bit.
+over it for every point; several points then take as many smaller products. The constants are
+nanoseconds a number, measured on two cores with AVX2; only their ratios matter, and those are
+ratios of memory traffic. They are fixed and not measured anew at each start: a run that chooses by
+a clock does not repeat bit for bit.
 """
 
 from __future__ import annotations
