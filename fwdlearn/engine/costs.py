@@ -52,4 +52,4 @@ def copy_pays(x: torch.Tensor, m: int) -> bool:
     """
     costs = COSTS.get(x.device.type)
     wide = x.dtype in (torch.float32, torch.float64)
-    return wide and costs is not None and costs.copy_pays(*x.shape, m)
+    return wide and costs is not None and costs.copy_pays(len(x), x.shape[1], x.shape[2], m)

@@ -285,7 +285,7 @@ def replaced(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         items = [replaced(item, f) for item in value]
         # Torch's own named results take a sequence, named tuples take their fields.
-        return type(value)(*items) if hasattr(value, "_make") else type(value)(items)  # type: ignore[call-arg]
+        return type(value)(*items) if hasattr(value, "_make") else type(value)(items)
     if isinstance(value, dict):
         return {key: replaced(item, f) for key, item in value.items()}
     return value
