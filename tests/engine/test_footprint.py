@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -239,6 +241,15 @@ def test_it_agrees_with_the_allocator_of_a_gpu() -> None:
     run(256)
     measured = torch.cuda.max_memory_allocated() - before
     assert taken.bytes(256) == pytest.approx(measured, rel=0.02)
+
+
+def test_counting_imports_no_compiler() -> None:
+    code = (
+        "import sys, torch; from fwdlearn.engine.footprint import LiveBytes\n"
+        "with LiveBytes(torch.device('cpu')): torch.linalg.vecdot(torch.ones(3), torch.ones(3))\n"
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_lines_are_data() -> None:
