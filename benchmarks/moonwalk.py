@@ -289,7 +289,7 @@ def trained(steps: int, settings: Moonwalk | None, moved: float = 0.0) -> dict[s
             loss = walk.losses.mean()
             drift, retried = max(drift, walk.drift), retried + walk.retried
         optimizer.step()
-        curve.append(float(loss.detach()))
+        curve.append(round(float(loss.detach()), 6))
     assert data.evaluation is not None
     test = data.evaluation.batch(torch.arange(len(data.evaluation)))
     with torch.no_grad():
@@ -314,6 +314,17 @@ def training(steps: int = 300) -> dict[str, Any]:
     return found
 
 
+COLOURS = {
+    BACKPROP: "C0",
+    CHECKPOINTS: "C1",
+    REVERSAL: "C4",
+    "moonwalk, anchors 4": "C2",
+    "moonwalk, anchors (16, 4)": "C3",
+    "moonwalk, anchors 16": "C5",
+    "moonwalk, anchors 16, float64": "C6",
+}
+
+
 def plot(sizes: Results) -> None:
     import matplotlib
 
@@ -329,10 +340,12 @@ def plot(sizes: Results) -> None:
         mine = [r for r in sizes if r["network"] == network]
         for name in dict.fromkeys(r["method"] for r in mine):
             points = [(r["depth"], r["peak_bytes"] / 2**20) for r in mine if r["method"] == name]
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+            colour = COLOURS[name]
+            axis.plot(*zip(*points, strict=True), colour, marker="o", markersize=3, label=name)
         axis.set(xlabel="depth", ylabel="peak of live tensors, MiB", title=title)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
+        for one, log in ((axis.xaxis, axis.set_xscale), (axis.yaxis, axis.set_yscale)):
+            log("log", base=2)
+            one.set_major_formatter("{x:g}")
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(RECORD / "memory.png", dpi=110)
