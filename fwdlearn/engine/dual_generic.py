@@ -39,7 +39,8 @@ def generic(call: Call, *args: Any, **kwargs: Any) -> Any:
     def push(*tangents: Tensor) -> Any:
         # A custom operation without a derivative would pass for one that does not move.
         strict = isinstance(call.func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
-        moving, slopes, still = jvp(run, primals, tangents, has_aux=True, strict=strict)
+        answer: Any = jvp(run, primals, tangents, has_aux=True, strict=strict)
+        moving, slopes, still = answer
         return (moving, still), slopes
 
     try:
@@ -165,5 +166,5 @@ def _twin(func: Callable[..., Any]) -> Callable[..., Any] | None:
     base = f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_")
     for space in (torch.Tensor, torch, torch._C._nn):
         if (found := getattr(space, base, None)) is not None:
-            return found  # type: ignore[no-any-return]
+            return found
     return None

@@ -39,7 +39,7 @@ def layer_norm(
 
     def push(tangent: Tensor) -> Tensor:
         x, m, r = (_repeated(t, len(tangent)) for t in (input, mean, rstd))
-        return kernel(tangent, x, shape, m, r, None, None, [True, False, False])[0]  # type: ignore[no-any-return]
+        return kernel(tangent, x, shape, m, r, None, None, [True, False, False])[0]
 
     return _affine(call, normal, push, weight, bias)
 
@@ -81,7 +81,7 @@ def group_norm(
         x, m, r = (_repeated(t, len(tangent)).flatten(0, 1) for t in (values, mean, rstd))
         sizes = (len(tangent) * n, c, space, num_groups, [True, False, False])
         moved = kernel(tangent.flatten(0, 1).contiguous(), x, m, r, None, *sizes)[0]
-        return moved.view(tangent.shape)  # type: ignore[no-any-return]
+        return moved.view(tangent.shape)
 
     return _affine(call, normal, push, weight, bias, channels=True)
 
@@ -186,6 +186,7 @@ def cross_entropy(
     out, likely = call.plain(), input.softmax(axis)
     kept = target != ignore_index
     index = target.where(kept, 0).unsqueeze(axis)
+    assert tangent is not None
     slopes = []
     # One direction at a time: classes may be a whole vocabulary.
     for one in tangent:

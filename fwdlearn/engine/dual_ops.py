@@ -132,7 +132,8 @@ def pointwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     if tangent is None or any(t is not input for t in call.operands()):
         return generic(call)
     x = input.contiguous()
-    out, slope = jvp(lambda value: call.func(value, *args, **kwargs), (x,), (torch.ones_like(x),))
+    answer: Any = jvp(lambda value: call.func(value, *args, **kwargs), (x,), (torch.ones_like(x),))
+    out, slope = answer
     return call.carry(out, tangent * slope)
 
 

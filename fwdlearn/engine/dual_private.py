@@ -71,12 +71,12 @@ def pointwise(call: Call, *args: Any, **kwargs: Any) -> Any:
             wide = alias.expand(tangent.shape[1:])
             return call.carry(wide.contiguous(), tangent)
         seen = _padded(value, dim, rows) if where is None else spread(value, where, call.count)
-        tangent = call.tangent(value)
-        if tangent is None:
+        moved = call.tangent(value)
+        if moved is None:
             return seen
         if where is not None:
-            return call.carry(seen, spread(tangent, where, call.count, lead=1))
-        return call.carry(seen, aligned(tangent, dim).reshape(len(tangent), *seen.shape))
+            return call.carry(seen, spread(moved, where, call.count, lead=1))
+        return call.carry(seen, aligned(moved, dim).reshape(len(moved), *seen.shape))
 
     seen_args, seen_kwargs = mapped((args, kwargs), shown)
     out = call.again(call.func, *seen_args, **seen_kwargs)
@@ -96,7 +96,8 @@ def by_row(call: Call, *args: Any, **kwargs: Any) -> Any:
     writes = call.writes()
     if writes:
         # Parts of it must be views, so that what is written into them is written into it.
-        if call.rows(args[0]) is None or call.rows(args[0]).flat:
+        where = call.rows(args[0])
+        if where is None or where.flat:
             raise TraceError(f"{call.name}() writes a parameter across the rows of a tensor")
         _ensure(call, args[0])
 

@@ -112,7 +112,8 @@ def along(push: Callable[..., Any], tangents: Sequence[Tensor], ways: Ways | Non
         try:
             with _kernels(libraries):
                 if together:
-                    return vmap(push, out_dims=(None, 0), randomness="same")(*tangents)
+                    out_dims: Any = (None, 0)
+                    return vmap(push, out_dims=out_dims, randomness="same")(*tangents)
                 parts = [push(*one) for one in zip(*tangents, strict=True)]
                 return parts[0][0], _stacked([part[1] for part in parts])
         except (RuntimeError, NotImplementedError, ValueError) as error:

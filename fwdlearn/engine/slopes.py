@@ -190,11 +190,12 @@ class Slopes:
     def _trace(self, batch: Batch, dropout: Key | None) -> None:
         recorders = []
         try:
+            rules: Any = DUAL_RULES
             for count in (2, 3):
                 index = torch.arange(count, device=batch.device) % len(batch)
                 # New tensors, because the trace marks them.
                 rows = batch.select(index).map(torch.clone)
-                recorder = Recorder(self._names, DUAL_RULES)
+                recorder = Recorder(self._names, rules)
                 recorder.start((rows.args, dict(rows.kwargs)))
                 with masks(dropout, index), recorder:
                     self.model(*rows.args, **rows.kwargs)
