@@ -54,6 +54,26 @@ def zero_one(output: Any, targets: Tensor) -> Tensor:
     return (_scores(output, targets).argmax(1) != targets).float()
 
 
+def returned(output: Any, targets: Tensor) -> Tensor:
+    """What the model returned, where that is one loss a row already."""
+    return output
+
+
+def per_row(losses: object, rows: int) -> Tensor:
+    """What an objective returned, float32 or wider.
+
+    Raises:
+        UsageError: it is not one loss a row.
+    """
+    if not isinstance(losses, Tensor) or losses.shape != (rows,):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise UsageError(
+            f"the objective must return one loss a row, [{rows}], got {shape}; "
+            "a mean over rows cannot be told apart again."
+        )
+    return losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+
 def correct(output: Any, targets: Tensor) -> Tensor | None:
     """bool [rows]: whether the largest logit is the target's; None where that means nothing."""
     scores = logits(output)

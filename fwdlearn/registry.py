@@ -62,7 +62,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "objective": {
         name: f"fwdlearn.objectives:{name}"
-        for name in ("cross_entropy", "mean_squared_error", "zero_one")
+        for name in ("cross_entropy", "mean_squared_error", "zero_one", "returned")
     },
     "optimizer": {name: f"torch.optim:{name}" for name in _OPTIMIZERS}
     | {"FrankWolfe": "fwdlearn.optim:FrankWolfe"},
