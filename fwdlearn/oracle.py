@@ -64,7 +64,10 @@ class SlopeOracle(LossOracle, Protocol):
     def slopes(
         self, row: Tensor, directions: Directions, direction: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Losses [queries] and their derivatives [queries] along the directions, at scale 0."""
+        """Losses [queries] and their derivatives [queries] along the directions, at scale 0.
+
+        A slope and its loss count as one query.
+        """
 
 
 class CleanPass(Protocol):
@@ -193,7 +196,7 @@ _engine: list[Any] = []
 
 
 class ModelOracle:
-    """A LossOracle on a model and a batch: perturbs, forbids backward, counts queries.
+    """Every kind of oracle on a model and a batch: perturbs, forbids backward, counts queries.
 
     Args:
         engine: runs the perturbed passes; shared by the oracles of a run.
@@ -245,6 +248,17 @@ class ModelOracle:
             )
         self._queries += len(row)
         return losses.clone()
+
+    def slopes(
+        self, row: Tensor, directions: Directions, direction: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `SlopeOracle.slopes`."""
+        with forbid_backward(), torch.inference_mode():
+            losses, slopes = self._engine.slopes(
+                self._batch, row, directions, direction, self._dropout
+            )
+        self._queries += len(row)
+        return losses.clone(), slopes.clone()
 
     @property
     def sites(self) -> Mapping[str, Output]:

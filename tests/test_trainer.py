@@ -270,18 +270,30 @@ def test_an_optimizer_that_misses_a_parameter_is_refused() -> None:
 
 
 def test_an_estimator_whose_need_is_not_met_names_both_sides() -> None:
-    from dataclasses import replace
+    from typing import Protocol, runtime_checkable
 
     from fwdlearn.estimator import Traits
-    from fwdlearn.oracle import SlopeOracle
+    from fwdlearn.oracle import LossOracle
 
-    class Sloped(SPSA):
-        traits = Traits(SlopeOracle, "weights", "gradient", 1)
+    @runtime_checkable
+    class CurvatureOracle(LossOracle, Protocol):
+        def curvatures(self, row: Tensor) -> Tensor: ...
+
+    class Curved(SPSA):
+        traits = Traits(CurvatureOracle, "weights", "gradient", 1)
 
     with pytest.raises(
-        UsageError, match="Sloped needs slopes .SlopeOracle.; ModelOracle offers only losses"
+        UsageError,
+        match="Curved needs CurvatureOracle .CurvatureOracle.; ModelOracle offers only losses",
     ):
-        trainer(estimator=replace(Sloped()))
+        trainer(estimator=Curved())
+
+
+def test_an_estimator_can_have_slopes() -> None:
+    from tests.test_conformance import ForwardGradient
+
+    summary = trainer(estimator=ForwardGradient(), steps=3).train()
+    assert summary["queries"] == 3 * 8 * 4
 
 
 def test_a_step_down_in_the_middle_is_reported() -> None:

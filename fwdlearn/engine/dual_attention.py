@@ -48,50 +48,52 @@ def attention(
     heads = _Heads(out.shape[:-2], query.shape[-3] // key.shape[-3] if enable_gqa else 1)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     q, k, v, o = (heads.flat(t) for t in (query, key, value, out))
-    q = q * factor
+    # Scaled once here, not in every direction.
+    q, near = q * factor, k * factor
     # Laid out as the fused kernel lays out its result, so that the model's next view is one.
     tangent = torch.empty_like(out.unsqueeze(0).expand(count, *out.shape))
     for some in _parts(count, len(q) * k.shape[1]):
         dq, dk, dv = (None if t is None else heads.tangents(t[some]) for t in held[:3])
-        dq = None if dq is None else dq * factor
         for part in _parts(q.shape[1], len(q) * k.shape[1] * (some.stop - some.start)):
             mask = None if attn_mask is None else heads.flat(_of(attn_mask, part))
-            weights = _weights(q[:, part], k, mask, part.start if is_causal else None)
+            seen = q[:, part]
+            weights = _weights(seen, k, mask, part.start if is_causal else None)
             dmask = None if held[3] is None else heads.tangents(_of(held[3][some], part))
-            moved = _scores(q[:, part], k, None if dq is None else dq[:, :, part], dk, dmask)
-            into = tangent[some, ..., part, :]
-            total = None
+            moved = _scores(seen, near, None if dq is None else dq[:, :, part], dk, dmask)
+            parts = []
             if moved is not None:
                 moved = moved.mul_(weights.unsqueeze(1))
-                total = torch.bmm(moved.flatten(1, 2), v).view(*moved.shape[:3], -1)
-                total.addcmul_(o[:, None, part], moved.sum(-1, keepdim=True), value=-1)
+                pushed = torch.bmm(moved.flatten(1, 2), v).view(*moved.shape[:3], -1)
+                parts.append(pushed.addcmul_(o[:, None, part], moved.sum(-1, True), value=-1))
             if dv is not None:
-                wide = dv.transpose(1, 2).flatten(2)
-                mixed = torch.bmm(weights, wide).view(*weights.shape[:2], *dv.shape[1::2])
-                mixed = mixed.transpose(1, 2)
-                total = mixed if total is None else total.add_(mixed)
-            assert total is not None
-            into.copy_(total.unflatten(0, heads.shape).movedim(-3, 0))
+                mixed = torch.bmm(weights, dv.transpose(1, 2).flatten(2))
+                parts.append(mixed.unflatten(2, (-1, dv.shape[-1])).transpose(1, 2))
+            into = tangent[some, ..., part, :]
+            shaped = [one.unflatten(0, heads.shape).movedim(-3, 0) for one in parts]
+            into.copy_(shaped[0]) if len(shaped) == 1 else torch.add(*shaped, out=into)
     return call.carry(out, tangent)
 
 
 def _scores(
     q: Tensor, k: Tensor, dq: Tensor | None, dk: Tensor | None, dmask: Tensor | None
 ) -> Tensor | None:
-    """[batch * heads, K, queries, keys]: the tangents of what the softmax is taken of."""
-    scores = None
+    """[batch * heads, K, queries, keys]: the tangents of what the softmax is taken of.
+
+    Both `q` and `k` are scaled.
+    """
+    scores = None if dmask is None else dmask.clone()
     if dq is not None:
-        scores = torch.bmm(dq.flatten(1, 2), k.mT).view(*dq.shape[:3], -1)
+        part = torch.bmm(dq.flatten(1, 2), k.mT).view(*dq.shape[:3], -1)
+        scores = part if scores is None else part.add_(scores)
     if dk is not None:
         n, count, keys, width = dk.shape
         wide = q.unsqueeze(1).expand(-1, count, -1, -1).reshape(n * count, -1, width)
         thin = dk.reshape(n * count, keys, width).mT
         if scores is None:
-            scores = torch.bmm(wide, thin).view(n, count, -1, keys)
+            scores = torch.bmm(wide, thin)
         else:
-            scores.view(n * count, -1, keys).baddbmm_(wide, thin)
-    if dmask is not None:
-        scores = dmask.clone() if scores is None else scores.add_(dmask)
+            scores = scores.view(n * count, -1, keys).baddbmm_(wide, thin)
+        scores = scores.view(n, count, -1, keys)
     return scores
 
 
@@ -148,6 +150,8 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None, start: int | None)
         scores.masked_fill_(~mask, -math.inf)
     elif mask is not None:
         scores += mask
+    if mask is None:
+        return scores.softmax(-1)
     # A query that sees nothing has weights of zero.
     return torch.ops.aten._safe_softmax(scores, -1)  # type: ignore[no-any-return]
 

@@ -8,7 +8,7 @@ they disagree; it says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -19,11 +19,13 @@ from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine import sequential
 from fwdlearn.engine.blocks import Blocks
+from fwdlearn.engine.choice import Choice
 from fwdlearn.engine.params import trainable
 from fwdlearn.engine.prefix import Still, Visits, once, stills
 from fwdlearn.engine.queries import Queries, masks
 from fwdlearn.engine.rules import RULES
 from fwdlearn.engine.sites import Activations
+from fwdlearn.engine.slopes import Slopes
 from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
 from fwdlearn.engine.watch import Start, Watch, by_mode, by_type
 from fwdlearn.errors import UsageError
@@ -40,14 +42,6 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.bfloat16: 0.3, tor
 _BACKENDS = (False, True, "inductor", "aot_eager", "eager")
 
 Objective = Callable[[object, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The rung in use and why it is."""
-
-    rung: str
-    reason: str
 
 
 class Engine:
@@ -104,6 +98,23 @@ class Engine:
     def activations(self) -> Activations:
         """Noise in the outputs of layers, and gradients by local products."""
         return Activations(self)
+
+    @cached_property
+    def exact(self) -> Slopes:
+        """Exact slopes, with a choice of rungs and events of their own."""
+        return Slopes(self.model, self.params, self.row_losses, memory_budget=self.memory_budget)
+
+    def slopes(
+        self,
+        batch: Batch,
+        row: Tensor,
+        directions: Directions,
+        direction: Tensor,
+        dropout: Key | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [queries] and slopes [queries]; see `SlopeOracle.slopes`."""
+        dropout = dropout if self.model.training else None
+        return self.exact(batch, row, directions, direction, dropout)
 
     @property
     def dtype(self) -> torch.dtype:
