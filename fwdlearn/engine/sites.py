@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fwdlearn.batch import Batch
 from fwdlearn.engine import sequential
+from fwdlearn.engine.blocks import Blocks
 from fwdlearn.engine.local import PRODUCTS
 from fwdlearn.engine.passes import Gradients, Pass
 from fwdlearn.engine.queries import masks
@@ -128,9 +130,13 @@ class Activations:
         self._uses: tuple[Use, ...] | None = None
         self._sites: list[str | None] = []
         self._outputs: dict[Any, Mapping[str, Output]] = {}
+        self._block_sizes, self._widest = Blocks(engine.memory_budget), 1
 
     def outputs(self, batch: Batch, dropout: Key | None) -> Mapping[str, Output]:
-        """Name of a site -> what a row of this batch puts out there."""
+        """Name of a site -> what a row of this batch puts out there.
+
+        Rows of a shape not met before take a pass of one row, as the trace does, not a query.
+        """
 
         def look() -> Mapping[str, Output]:
             kind = _kind(batch)
@@ -153,9 +159,9 @@ class Activations:
 
         def run() -> Tensor:
             _check(noise.names, self.outputs(batch, dropout))
-            losses = []
-            for start in range(0, len(row), self._block(batch)):
-                some = slice(start, start + self._block(batch))
+            losses, block = [], self._block(batch, dropout)
+            for start in range(0, len(row), block):
+                some = slice(start, start + block)
                 mode = Noisy(
                     *self._model(len(row[some])),
                     sites=self._sites,
@@ -173,9 +179,8 @@ class Activations:
         """A clean pass that keeps what products need."""
 
         def run() -> Clean:
-            return Clean(
-                self.engine, [self._part(batch, *at, dropout) for at in self._blocks(batch)]
-            )
+            blocks = self._blocks(batch, dropout)
+            return Clean(self.engine, [self._part(batch, *block, dropout) for block in blocks])
 
         # Only outside inference mode do tensors know whether someone has overwritten them.
         with torch.inference_mode(False), torch.no_grad():
@@ -204,7 +209,7 @@ class Activations:
         def run() -> dict[str, Tensor]:
             _check(cotangents, self.outputs(batch, dropout))
             gradients: Gradients = {}
-            for start, row in self._blocks(batch):
+            for start, row in self._blocks(batch, dropout):
                 take = partial(_multiply, cotangents, gradients, start)
                 mode = Gathering(*self._model(len(row)), sites=self._sites, take=take, keep=False)
                 self._run(mode, batch, row, dropout)
@@ -243,10 +248,11 @@ class Activations:
             rows = batch.select(index).map(torch.clone)
             recorder = Recorder(names, PRODUCTS)
             recorder.start((rows.args, dict(rows.kwargs)))
-            with masks(dropout, index), recorder:
+            with self._masks(dropout, index), recorder:
                 self.engine.model(*rows.args, **rows.kwargs)
             recorders.append(recorder)
         self._uses = compare(*recorders)
+        self._widest = -(-recorders[1].widest // 3)
         self._outputs.clear()
         self._survey(batch, dropout, min(2, len(batch)))
 
@@ -256,25 +262,34 @@ class Activations:
         self._sites, self.left_out = survey.sites, survey.left_out
         self._outputs[_kind(batch)] = survey.outputs
 
+    def _masks(self, dropout: Key | None, row: Tensor) -> AbstractContextManager[object]:
+        return masks(dropout if self.engine.model.training else None, row)
+
     def _model(self, rows: int) -> tuple[Mapping[str, Tensor], tuple[Use, ...], int]:
         assert self._uses is not None
         return self.engine.params, self._uses, rows
 
     def _run(self, mode: Pass, batch: Batch, row: Tensor, dropout: Key | None) -> tuple[Batch, Any]:
         rows = batch.select(row)
-        with masks(dropout, row), mode:
+        with self._masks(dropout, row), mode:
             output = self.engine.model(*rows.args, **rows.kwargs)
         mode.finish()
         return rows, output
 
-    def _blocks(self, batch: Batch) -> Iterator[tuple[int, Tensor]]:
-        start = 0
-        for row in torch.arange(len(batch), device=batch.device).split(self._block(batch)):
+    def _blocks(self, batch: Batch, dropout: Key | None) -> Iterator[tuple[int, Tensor]]:
+        start, block = 0, self._block(batch, dropout)
+        for row in torch.arange(len(batch), device=batch.device).split(block):
             yield start, row
             start += len(row)
 
-    def _block(self, batch: Batch) -> int:
-        return self.engine.block(batch)
+    def _block(self, batch: Batch, dropout: Key | None) -> int:
+        def run(row: Tensor) -> None:
+            rows = batch.select(row)
+            with self._masks(dropout, row):
+                self.engine.row_losses(self.engine.model(*rows.args, **rows.kwargs), rows)
+
+        # Noise takes a fixed space beside a plain pass.
+        return self._block_sizes.plain(batch, run, self._widest)
 
 
 def _kind(batch: Batch) -> Any:
