@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from fwdlearn.allocator import Allocator, Plan
 from fwdlearn.batch import Batch
+from fwdlearn.blackbox import BlackBox, CallableOracle
 from fwdlearn.data.types import Data, Dataset
 from fwdlearn.engine import Choice, Engine
+from fwdlearn.engine.calls import Calls
 from fwdlearn.engine.footprint import footprint
 from fwdlearn.engine.params import read_only
 from fwdlearn.errors import NonFiniteError, UsageError
@@ -23,8 +25,7 @@ from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.forecast import counted, timed
 from fwdlearn.keys import Key
 from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
-from fwdlearn.objectives import correct
-from fwdlearn.oracle import ModelOracle, forbid_backward, require
+from fwdlearn.oracle import LossOracle, ModelOracle, forbid_backward, require
 
 
 class Reporter(Protocol):
@@ -80,7 +81,8 @@ class Trainer:
     """Trains a model with forward passes only.
 
     Args:
-        model: any module, already on `device`; its parameters that require a gradient are trained.
+        model: any module, already on `device`, or a `BlackBox`; its parameters that require a
+            gradient are trained.
         data: training rows, and evaluation rows if there are any.
         objective: (output, targets) -> losses [rows].
         estimator: turns losses into a gradient.
@@ -97,7 +99,7 @@ class Trainer:
         log_every: steps between records.
         train_mode: puts the model into training mode: dropout with one mask a row and step,
             batch normalisation on the batch's own statistics.
-        rung: how perturbed passes run: "auto", "fold" or "sequential".
+        rung: how perturbed passes run: "auto", "fold", "copies" or "sequential".
         memory_budget: bytes that a forward pass of queries may take at its peak.
         compile: whether folded passes run as compiled graphs; slow to start, off by default.
         sinks: told of the start, of every record and of the end.
@@ -161,7 +163,11 @@ class Trainer:
         self.evaluation_batch_size = evaluation_batch_size
         self.sinks = sinks
         self.key = Key.root(seed)
-        self.engine = Engine(model, objective, rung, memory_budget, compile)
+        self.engine: Engine | Calls
+        if isinstance(model, BlackBox):
+            self.engine = Calls(model, objective, rung, memory_budget, compile)
+        else:
+            self.engine = Engine(model, objective, rung, memory_budget, compile)
         self._check_parts()
 
     def train(self) -> dict[str, Any]:
@@ -231,7 +237,7 @@ class Trainer:
         loss, right, rated = 0.0, 0, True
         with self._mode(False), forbid_backward(), torch.inference_mode():
             for index in torch.arange(len(dataset)).split(self.evaluation_batch_size):
-                losses, hits = self._scored(dataset.batch(index).to(self.device))
+                losses, hits = self.engine.evaluate(dataset.batch(index).to(self.device))
                 loss += float(losses.double().sum())
                 rated = rated and hits is not None
                 right += int(hits.sum()) if hits is not None else 0
@@ -295,10 +301,6 @@ class Trainer:
         index = order[place * self.batch_size : (place + 1) * self.batch_size]
         return self.data.train.batch(index).to(self.device)
 
-    def _scored(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        output = self.model(*batch.args, **batch.kwargs)
-        return self.engine.row_losses(output, batch), correct(output, batch.targets)
-
     def _evaluation_bytes(self) -> int:
         """Of the pass over a batch of evaluation rows, from passes over few of them."""
         dataset = self.data.evaluation
@@ -307,7 +309,7 @@ class Trainer:
         device, rows = torch.device(self.device), min(self.evaluation_batch_size, len(dataset))
 
         def run(count: int) -> object:
-            return self._scored(dataset.batch(torch.arange(count) % rows).to(device))
+            return self.engine.evaluate(dataset.batch(torch.arange(count) % rows).to(device))
 
         with self._mode(False), forbid_backward(), torch.inference_mode():
             return footprint(run, device).bytes(rows)
@@ -320,7 +322,7 @@ class Trainer:
 
     def _estimate(self, step: int, state: Any, plans: Any) -> tuple[Estimate, Any, Any]:
         key = self.key.fold("step").fold(step)
-        oracle = ModelOracle(self.engine, self.batch(step), key.fold("dropout"))
+        oracle = self._oracle(self.batch(step), key.fold("dropout"))
         plan, plans = self._plan(step, plans)
         estimate, state = self.estimator.estimate(
             oracle, oracle.params, state, key=key, plan=plan.to(self.device)
@@ -330,6 +332,11 @@ class Trainer:
                 f"step {step + 1}: the loss is {float(estimate.loss)}; lower the learning rate."
             )
         return estimate, state, plans
+
+    def _oracle(self, batch: Batch, dropout: Key | None = None) -> LossOracle:
+        if isinstance(self.engine, Calls):
+            return CallableOracle(self.engine.box, batch, self.objective)
+        return ModelOracle(self.engine, batch, dropout)
 
     def _plan(self, step: int, state: Any) -> tuple[Plan, Any]:
         key = self.key.fold("plan").fold(step)
@@ -371,7 +378,7 @@ class Trainer:
         return self.engine.choice
 
     def _check_parts(self) -> None:
-        oracle = ModelOracle(self.engine, Batch((), torch.zeros(1)))
+        oracle = self._oracle(Batch((), torch.zeros(1)))
         require(oracle, self.estimator.traits.needs, type(self.estimator).__name__)
         unknown = sorted(self.allocator.signals)
         if unknown:

@@ -1,13 +1,13 @@
 """Which way perturbed passes run, why, and whether that way can be trusted.
 
-The rungs, best first: `fold` (many queries in one forward pass), `sequential` (one perturbed copy
-at a time). The engine traces the model, compares a block of queries on both, and steps down when
-they disagree; it says so.
+The rungs, best first: `fold` (many queries in one forward pass), `copies` (many perturbed copies
+in one pass), `sequential` (one perturbed copy at a time). The engine compares a block of queries
+on a rung and on the last one, and steps down when they disagree; it says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
-from fwdlearn.engine import sequential
+from fwdlearn.engine import copies, sequential
 from fwdlearn.engine.blocks import Blocks
 from fwdlearn.engine.choice import Choice
 from fwdlearn.engine.params import trainable
@@ -28,13 +28,14 @@ from fwdlearn.engine.sites import Activations
 from fwdlearn.engine.slopes import Slopes
 from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
 from fwdlearn.engine.watch import Start, Watch, by_mode, by_type
-from fwdlearn.errors import UsageError
+from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
+from fwdlearn.objectives import correct, per_row
 
 if TYPE_CHECKING:
     from fwdlearn.engine.compiled import Compiled
 
-RUNGS = ("fold", "sequential")
+RUNGS = ("fold", "copies", "sequential")
 
 # Largest difference between rungs, relative to the change that the perturbation makes.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
@@ -72,7 +73,8 @@ class Engine:
             names = ", ".join(repr(name) for name in _BACKENDS)
             raise UsageError(f"compile must be one of {names}, got {compile!r}.")
         if rung not in ("auto", *RUNGS):
-            raise UsageError(f"rung must be auto, {' or '.join(RUNGS)}, got {rung!r}.")
+            known = f"auto, {', '.join(RUNGS[:-1])} or {RUNGS[-1]}"
+            raise UsageError(f"rung must be {known}, got {rung!r}.")
         if memory_budget is not None and memory_budget < 1:
             raise UsageError(f"memory_budget must be positive (bytes), got {memory_budget}.")
         self.model, self.objective = model, objective
@@ -154,36 +156,40 @@ class Engine:
                     self._trace(batch, dropout)
                     return self._fold(queries)
                 except TraceError as error:
-                    self._step_down(str(error))
+                    self._step_down(batch, dropout, ("copies",), {"fold": str(error)})
+        if self.choice.rung == "copies":
+            try:
+                return self._copies(queries)
+            except TraceError as error:
+                # First, because an error of the model's own is no reason to step down.
+                losses = self._sequential(queries)
+                self._step_down(batch, dropout, (), {"copies": str(error)})
+                return losses
         return self._sequential(queries)
 
     def choose(self, batch: Batch, dropout: Key | None = None) -> Choice:
-        """Traces the model on rows of `batch`, checks the fold, and settles on a rung."""
+        """Settles on a rung: the first that equals the reference on rows of `batch`."""
         dropout = dropout if self.model.training else None
         if self.wanted == "sequential":
             self._settle(Choice("sequential", "asked for"))
         elif sequential.mixes_rows(self.model):
-            self._step_down("batch normalisation in training mode mixes the rows of the batch")
+            mixing = "batch normalisation in training mode mixes the rows of the batch"
+            self._step_down(batch, dropout, (), {"fold": mixing})
         else:
-            try:
-                self._trace(batch, dropout)
-                error = self._watched(batch, dropout)
-                self._settle(Choice("fold", f"equals the sequential reference to {error:.1e}"))
-            except TraceError as error:
-                self._step_down(str(error))
+            # An error of the model's own is no reason to step down.
+            self._clean(batch, torch.arange(1, device=batch.device), dropout)
+            self._step_down(batch, dropout, RUNGS[:-1])
         assert self.choice is not None
         return self.choice
 
     def row_losses(self, output: object, rows: Batch) -> Tensor:
         """The objective on the output of one forward pass, one loss a row."""
-        losses = self.objective(output, rows.targets)
-        if not isinstance(losses, Tensor) or losses.shape != (len(rows),):
-            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise UsageError(
-                f"the objective must return one loss a row, [{len(rows)}], got {shape}; "
-                "a mean over rows cannot be told apart again."
-            )
-        return losses.to(torch.promote_types(losses.dtype, torch.float32))
+        return per_row(self.objective(output, rows.targets), len(rows))
+
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Losses [rows] of a plain pass, and which rows came out right where there are classes."""
+        output = self.model(*batch.args, **batch.kwargs)
+        return self.row_losses(output, batch), correct(output, batch.targets)
 
     def _plain(self, batch: Batch, row: Tensor, dropout: Key | None) -> Tensor:
         mixing = sequential.mixes_rows(self.model)
@@ -224,6 +230,10 @@ class Engine:
         fold.finish()
         return self.row_losses(output, rows)
 
+    def _copies(self, queries: Queries, block: int | None = None) -> Tensor:
+        size, budget = block or self.block(queries.batch), self.memory_budget
+        return copies.run(self.model, self.params, queries, self.row_losses, size, budget)
+
     def _sequential(self, queries: Queries, block: int | None = None) -> Tensor:
         mixing = sequential.mixes_rows(self.model)
         size = block or (len(queries) if mixing else self.block(queries.batch))
@@ -246,19 +256,41 @@ class Engine:
         self._still = stills(*visits)
         self._widest = -(-recorders[1].widest // 3)
 
-    def _watched(self, batch: Batch, dropout: Key | None) -> float:
+    def _measure(self, batch: Batch, dropout: Key | None) -> None:
+        """The widest activation, of a model that could not be traced."""
+        row = torch.zeros(1, dtype=torch.int64, device=batch.device)
+        recorder = Recorder({}, RULES)
+        with recorder:
+            self._clean(batch, row, dropout)
+        self._widest = max(self._widest, recorder.widest)
+
+    def _check_fold(self, batch: Batch, dropout: Key | None) -> str:
         """Checks the fold, in the cheap way of watching parameters if that sees them all."""
+        self._trace(batch, dropout)
         if all(type(value) in (Tensor, nn.Parameter) for value in self.params.values()):
             try:
                 self._watch = by_type
-                return self._check(batch, dropout)
-            except TraceError:
+                return self._check(batch, dropout, self._fold)
+            except FwdlearnError:
+                raise
+            except Exception:  # of this way to watch; the other decides
                 pass
         self._watch = by_mode
-        return self._check(batch, dropout)
+        return self._check(batch, dropout, self._fold)
 
-    def _check(self, batch: Batch, dropout: Key | None) -> float:
-        """The largest difference between the fold and the reference, relative to the change."""
+    def _check_copies(self, batch: Batch, dropout: Key | None) -> str:
+        self._measure(batch, dropout)
+        found = self._check(batch, dropout, self._copies)
+        row = torch.arange(min(2, len(batch)), device=batch.device)
+        directions = Directions(Key.root(0).fold("self-check"), self.params, len(row))
+        queries = Queries(batch, row, directions, row, torch.zeros(len(row)).double(), dropout)
+        loop = copies.looped(self.model, self.params, queries, self.row_losses)
+        return f"{found}; {loop} runs one copy at a time" if loop else found
+
+    def _check(
+        self, batch: Batch, dropout: Key | None, run: Callable[[Queries, int], Tensor]
+    ) -> str:
+        """What was found when `run` was compared with the reference; raises TraceError."""
         count = min(3, len(batch))
         row = torch.arange(count, device=batch.device)
         alone = torch.cat([self._clean(batch, one, dropout) for one in row.split(1)])
@@ -271,24 +303,53 @@ class Engine:
             scale = torch.full((count,), size, dtype=torch.float64, device=batch.device)
             queries = Queries(batch, row, directions, row, scale, dropout)
             reference = self._sequential(queries, 1)
-            error = (self._fold(queries, count) - reference).abs().max() - rounding
             change = (reference - alone).abs().max()
+            # More than this is no rounding: then a row sees the others, or chance.
+            slack = torch.minimum(rounding, tolerance * change)
+            error = (run(queries, count) - reference).abs().max() - slack
             if torch.isfinite(change) and change > 0:
                 least = min(least, max(float(error / change), 0.0))
             if least <= tolerance:
-                return least
+                return f"equals the sequential reference to {least:.1e}"
+        if rounding > tolerance * change:
+            raise TraceError("the loss of a row depends on the rows beside it, or on chance")
         raise TraceError(
-            f"the folded pass differs from the reference by {least:.1e} of the change that the "
-            f"perturbation makes (allowed: {tolerance:.0e})"
+            f"differs from the reference by {least:.1e} of the change that the perturbation makes "
+            f"(allowed: {tolerance:.0e})"
         )
 
     def _settle(self, choice: Choice) -> None:
         self.choice = choice
         self.events.append(choice)
 
-    def _step_down(self, reason: str) -> None:
-        if self.wanted == "fold":
+    def _step_down(
+        self,
+        batch: Batch,
+        dropout: Key | None,
+        rungs: Sequence[str],
+        failed: Mapping[str, str] | None = None,
+    ) -> None:
+        """Settles on the first of `rungs` that equals the reference, or on the reference."""
+        failed = dict(failed or {})
+        for rung in rungs:
+            if self.wanted not in ("auto", rung):
+                continue
+            check = {"fold": self._check_fold, "copies": self._check_copies}[rung]
+            try:
+                found = check(batch, dropout)
+            except FwdlearnError:
+                raise
+            except Exception as error:  # anyone's model, run as it was not written to be
+                failed[rung] = " ".join(str(error).split())
+            else:
+                return self._settle(Choice(rung, _reasons(failed, found)))
+        if self.wanted != "auto":
             raise UsageError(
-                f"rung 'fold' was asked for, but {reason}; leave rung at 'auto' to step down."
+                f"rung {self.wanted!r} was asked for, but {list(failed.values())[-1]}; leave rung "
+                "at 'auto' to step down."
             )
-        self._settle(Choice("sequential", reason))
+        self._settle(Choice("sequential", _reasons(failed)))
+
+
+def _reasons(failed: Mapping[str, str], *found: str) -> str:
+    return "; ".join([*(f"{rung}: {why}" for rung, why in failed.items()), *found])

@@ -32,8 +32,13 @@ def run(
 
     Raises:
         UsageError: rows influence each other (batch statistics) and a direction is not asked for
-            exactly the rows of the batch, all at once.
+            exactly the rows of the batch, all at once; or the model is compiled by torch.jit.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            f"{type(model).__name__} is compiled by torch.jit; put it inside an nn.Module, which "
+            "can be given other parameters."
+        )
     mixing = mixes_rows(model)
     out: Tensor | None = None
     for direction, scale, mine in queries.points():
