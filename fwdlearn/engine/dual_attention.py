@@ -153,7 +153,7 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None, start: int | None)
     if mask is None:
         return scores.softmax(-1)
     # A query that sees nothing has weights of zero.
-    return torch.ops.aten._safe_softmax(scores, -1)  # type: ignore[no-any-return]
+    return torch.ops.aten._safe_softmax(scores, -1)
 
 
 def _explicit(

@@ -21,8 +21,9 @@ Update at step k = 0, 1, ..., for the gradient g_k that `.grad` holds:
 Symbols: theta the parameters, d `dimension`, m `tangents`, rho `averaging`, gamma `step_size`.
 
 Why average: the vertex depends on the direction of the gradient alone, so noise proportional to the
-gradient never dies away. On an l1 ball with one tangent, the plain method goes to a vertex whose
-index is that of the tangent's largest entry: pure chance, whatever the gradient. It stalls.
+gradient never dies away. On an l1 ball with one tangent, the plain method goes to the vertex of the
+tangent's largest entry: pure chance, whatever the gradient (with Rademacher tangents all entries
+tie, and it is always the first). It stalls.
 
 Differs from the papers in: any number of tensors, each in its own set, with its own step counter;
 rounding is guarded against, so that every iterate is feasible in float32 too.

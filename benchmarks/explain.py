@@ -1,0 +1,140 @@
+"""What `fwdlearn explain` foretells of a run, against what a run of that recipe then takes.
+
+    python -m benchmarks.explain [--images FOLDER] [--reviews FOLDER] [--rounds N] [--only PATTERN]
+
+Every shipped recipe, in processes of their own: `explain`, then a short `train`, in turns. Compared
+are the peak memory of the process and the queries a second of the steps. FOLDER holds the data of
+fashion-mnist-vit and movie-reviews-minilm; without them a few rows of the same form are made up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import struct
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.results import FOLDER, merge
+
+# Steps of a short run of each recipe.
+STEPS = {"quickstart": 400, "fashion-mnist-vit": 30, "movie-reviews-minilm": 8}
+
+
+def images(folder: Path) -> None:
+    """IDX files of noise."""
+    for split, rows in (("train", 2048), ("t10k", 512)):
+        noise = random.Random(rows).randbytes(rows * 28 * 28)
+        labels = bytes(row % 10 for row in range(rows))
+        for name, shape, data in (
+            ("images-idx3", (rows, 28, 28), noise),
+            ("labels-idx1", (rows,), labels),
+        ):
+            head = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)
+            (folder / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(head + data))
+
+
+def reviews(folder: Path) -> None:
+    """JSON lines of words."""
+    words = "a film that moves slowly and then all at once, with actors who know why".split()
+    draw = random.Random(0)
+    for split, rows in (("train", 1024), ("validation", 256)):
+        texts = (" ".join(draw.choices(words, k=draw.randint(8, 40))) for _ in range(rows))
+        lines = (json.dumps({"text": text, "label": i % 2}) for i, text in enumerate(texts))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def command(*words: str) -> str:
+    """What `fwdlearn` prints, in a process of its own."""
+    line = [sys.executable, "-m", "fwdlearn", *words]
+    return subprocess.run(line, check=True, capture_output=True, text=True).stdout
+
+
+def foretold(recipe: str, settings: list[str]) -> tuple[float, float]:
+    """Bytes, and queries a second."""
+    facts = json.loads(command("explain", recipe, *settings, "--json"))
+    return facts["memory_bytes"], facts["queries_per_second"]
+
+
+def measured(recipe: str, settings: list[str], folder: Path) -> tuple[float, float]:
+    """The same of a run."""
+    command("train", recipe, *settings, f"output.dir={folder}", "--quiet")
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    records = [record for record in records if record.get("queries_per_second")]
+    seconds, before = 0.0, 0
+    for record in records:
+        seconds += (record["queries"] - before) / record["queries_per_second"]
+        before = record["queries"]
+    return summary["memory.peak_bytes"], before / seconds
+
+
+def compare(recipe: str, settings: list[str], rounds: int) -> dict[str, Any]:
+    """One recipe: medians, and the largest error of any round."""
+    settings = [*settings, f"trainer.steps={STEPS[recipe]}", "trainer.log_every=2"]
+    settings.append(f"trainer.evaluate_every={STEPS[recipe]}")
+    pairs = []
+    for _ in range(rounds):
+        with TemporaryDirectory() as folder:
+            asked = foretold(recipe, settings)
+            pairs.append((asked, measured(recipe, settings, Path(folder) / "run")))
+    entry: dict[str, Any] = {"work": recipe}
+    for place, name in enumerate(("memory_bytes", "queries_per_second")):
+        told, seen = ([pair[side][place] for pair in pairs] for side in (0, 1))
+        errors = [a / b - 1 for a, b in zip(told, seen, strict=True)]
+        entry |= {f"{name}.foretold": median(told), f"{name}.measured": median(seen)}
+        entry[f"{name}.largest_error"] = max(errors, key=abs)
+    return entry
+
+
+def show(entry: dict[str, Any]) -> None:
+    cells = [f"{entry['work']:24}"]
+    for name, unit in (("memory_bytes", 2**20), ("queries_per_second", 1)):
+        cells += [f"{entry[f'{name}.{side}'] / unit:12,.0f}" for side in ("foretold", "measured")]
+        cells.append(f"{entry[f'{name}.largest_error']:9.1%}")
+    print("".join(cells), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.explain")
+    parser.add_argument("--images", type=Path, metavar="FOLDER")
+    parser.add_argument("--reviews", type=Path, metavar="FOLDER")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="*", metavar="PATTERN")
+    parser.add_argument("--output", type=Path, default=FOLDER / "explain.json", metavar="FILE")
+    asked = parser.parse_args()
+    head = f"{'MiB foretold':>12}{'measured':>12}{'error':>9}"
+    print(f"{'recipe':24}{head}{'queries/s':>12}{'measured':>12}{'error':>9}")
+    entries = []
+    with TemporaryDirectory() as made:
+        given = {
+            "quickstart": None,
+            "fashion-mnist-vit": (asked.images, images),
+            "movie-reviews-minilm": (asked.reviews, reviews),
+        }
+        for recipe, source in given.items():
+            if not fnmatch(recipe, f"*{asked.only}*"):
+                continue
+            settings = []
+            if source is not None:
+                folder, make = source
+                if folder is None:
+                    folder = Path(made) / recipe
+                    folder.mkdir()
+                    make(folder)
+                settings.append(f"data.path={folder}")
+            entries.append(compare(recipe, settings, asked.rounds))
+            show(entries[-1])
+    merge(asked.output, entries, STEPS, asked.rounds)
+
+
+if __name__ == "__main__":
+    main()
