@@ -5,6 +5,7 @@ if __name__ == "estimators":
         "import fwdlearn.estimators: under its bare name every class would exist twice"
     )
 
+from .forward_gradient import ForwardGradient
 from .random_perturbation import SPSA, RandomPerturbation
 
-__all__ = ["SPSA", "RandomPerturbation"]
+__all__ = ["SPSA", "ForwardGradient", "RandomPerturbation"]

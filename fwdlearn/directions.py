@@ -416,6 +416,12 @@ def _sites(
     return {site.name: placed[site.name] for site in sites}
 
 
+def independent(params: Mapping[str, Tensor]) -> Mapping[str, Site]:
+    """The sites of directions that are dense in every parameter."""
+    shapes = tuple((name, value.shape, value.dtype, 1.0) for name, value in params.items())
+    return _sites(shapes, Rademacher.name, None)
+
+
 def _in_order(sites: Mapping[str, Site]) -> list[Site]:
     return sorted(sites.values(), key=lambda site: site.start)
 

@@ -91,3 +91,26 @@ class DirectionGradient(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.directions.sites)
+
+
+class Summed(Mapping[str, Tensor]):
+    """The sum of gradients, formed when a name is asked for.
+
+    Args:
+        parts: gradients of the same parameters, one at least.
+    """
+
+    def __init__(self, *parts: Mapping[str, Tensor]) -> None:
+        self.parts = parts
+
+    def __getitem__(self, name: str) -> Tensor:
+        total = self.parts[0][name]
+        for part in self.parts[1:]:
+            total = total + part[name]
+        return total
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts[0])
+
+    def __len__(self) -> int:
+        return len(self.parts[0])

@@ -53,6 +53,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "estimator": {
         "RandomPerturbation": "fwdlearn.estimators:RandomPerturbation",
         "SPSA": "fwdlearn.estimators:SPSA",
+        "ForwardGradient": "fwdlearn.estimators:ForwardGradient",
     },
     "allocator": {"Uniform": "fwdlearn.allocators:Uniform"},
     "model": {name: f"fwdlearn.models:{name}" for name in ("mlp", "cnn", "vit", "transformers")},

@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 INTERFACES = {
     f"fwdlearn.{name}"
-    for name in ("estimator", "allocator", "oracle", "directions", "gradient", "keys", "errors")
+    for name in (
+        *("estimator", "allocator", "oracle", "directions", "given", "products", "gradient"),
+        *("keys", "errors"),
+    )
 }
 ALGORITHMS = ("estimators", "allocators")
 # What stands above the frame: it may import the frame, never the other way.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fwdlearn.allocator import Plan
+from fwdlearn.given import GivenDirections
 from fwdlearn.testing.estimator_case import (
     Answer,
     EstimatorCase,
@@ -93,7 +94,7 @@ class _Span:
     Args:
         measured: [directions, d].
         applied: [directions, d], as they enter a gradient: divided by their squared sizes.
-        rows: which rows asked about each.
+        rows: which rows asked about each; none where the direction was given, not drawn.
     """
 
     measured: Tensor
@@ -119,13 +120,14 @@ def _span(answer: Answer) -> _Span:
         vectors.append(
             torch.cat([measured(family, number, names), applied(family, number, names)], 1)
         )
-        rows.append(asked.row)
+        drawn = not isinstance(family, GivenDirections)
+        rows.append(asked.row if drawn else torch.full_like(asked.row, -1))
     if not vectors:
         raise NotApplicable("it asked for no directions")
     distinct, index = torch.unique(torch.cat(vectors), dim=0, return_inverse=True)
     users: list[set[int]] = [set() for _ in distinct]
     for number, row in zip(index.tolist(), torch.cat(rows).tolist(), strict=True):
-        users[number].add(row)
+        users[number] |= {row} - {-1}
     ways, steps = distinct.chunk(2, dim=1)
     if len(ways) > ways.shape[1] or torch.linalg.matrix_rank(ways) < len(ways):
         raise NotApplicable("it asked for more directions than this problem can tell apart")
@@ -151,7 +153,7 @@ def directions_measured_are_applied(case: EstimatorCase) -> Figure:
 
 @_check("metamorphic")
 def coefficients_are_weighted_slopes(case: EstimatorCase) -> Figure:
-    """A direction of slope one, for the row that asked about it, gets the coefficient
+    """A random direction of slope one, for the row that asked about it, gets the coefficient
     1 / (rows * directions of that row), whatever a baseline does to the others.
 
     The losses are linear, with slopes made after the directions are known: along one of them the
@@ -166,6 +168,8 @@ def coefficients_are_weighted_slopes(case: EstimatorCase) -> Figure:
     limit = case.rounding + 10 * max(_residual(answer, span).values())
     worst = 0.0
     for number, users in enumerate(span.rows):
+        if not users:
+            continue
         slopes = torch.zeros(3, span.measured.shape[1], dtype=torch.float64)
         slopes[sorted(users)] = span.slope_one(number)
         problem = Quadratic(params, slopes, torch.zeros(3, dtype=torch.float64))

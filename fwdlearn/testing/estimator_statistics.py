@@ -53,12 +53,14 @@ class Sample:
         variance: [repeats] as reported, or None.
         families: the directions or the noise of the last repeat, one for each set of parameters.
         scale: their largest size.
+        learnt: whether a state went from one to the next.
     """
 
     grads: Tensor
     variance: Tensor | None
     families: tuple[Directions | Noise, ...]
     scale: float
+    learnt: bool
 
     def square_errors(self) -> Tensor:
         """[repeats]: their mean estimates the trace of the covariance without bias."""
@@ -89,6 +91,7 @@ def draw(case: EstimatorCase, problem: Problem, plan: Plan, repeats: int, key: K
         torch.stack(variance) if variance else None,
         tuple(families.values()),
         scale,
+        state is not None,
     )
 
 
@@ -196,13 +199,16 @@ def _spread(case: EstimatorCase, directions: int) -> Sample:
 @_check("statistical")
 def variance_falls_with_directions(case: EstimatorCase) -> Figure:
     """Four times the directions give a quarter of the variance (a fifth, where a mean over the
-    other directions is subtracted)."""
+    other directions is subtracted), or less where a state carries knowledge on."""
+    if case.estimator.traits.target == "biased":
+        raise NotApplicable("its target is declared as biased")
     few, many = _spread(case, 4).square_errors(), _spread(case, 16).square_errors()
     ratio = float(16 * many.mean() / (4 * few.mean()))
     # In logarithms, where relative errors add.
     error = math.sqrt(sum(float((q.std() / q.mean()) ** 2 / len(q)) for q in (few, many)))
-    lowest = (16 / 15) / (4 / 3)
-    outside = max(math.log(lowest / ratio), math.log(ratio), 0.0)
+    lowest = 0.0 if _spread(case, 4).learnt else (16 / 15) / (4 / 3)
+    below = math.log(lowest / ratio) if lowest else 0.0
+    outside = max(below, math.log(ratio), 0.0)
     return Figure(
         f"16 Var(16) / (4 Var(4)) = {ratio:.2f}; |z| outside [{lowest:.2f}, 1]:",
         outside / error,
