@@ -6,6 +6,7 @@ if __name__ == "estimators":
     )
 
 from .forward_gradient import ForwardGradient
+from .node_perturbation import ActivityNodePerturbation
 from .random_perturbation import SPSA, RandomPerturbation
 
-__all__ = ["SPSA", "ForwardGradient", "RandomPerturbation"]
+__all__ = ["SPSA", "ActivityNodePerturbation", "ForwardGradient", "RandomPerturbation"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine import Engine
+from fwdlearn.engine.shifts import Shift
 from fwdlearn.errors import BackwardError, UsageError
 from fwdlearn.keys import Key
 from fwdlearn.noise import Noise, Output
@@ -82,6 +83,10 @@ class CleanPass(Protocol):
         """Name of a layer -> scalar, the root of the mean square of its output."""
 
     @property
+    def outputs(self) -> Mapping[str, Tensor]:
+        """Name of a layer -> [rows, *shape], what it put out; empty unless it was to be kept."""
+
+    @property
     def exact(self) -> Mapping[str, Tensor]:
         """Name of the layer that puts out what the model does -> derivative of its row's loss.
 
@@ -124,8 +129,23 @@ class ActivationOracle(LossOracle, Protocol):
             [queries], float64 if the parameters are, else float32.
         """
 
-    def clean(self) -> CleanPass:
-        """A clean pass; costs as many queries as there are rows, and memory for all inputs."""
+    def noisy_shifts(
+        self, clean: CleanPass, row: Tensor, noise: Noise, index: Tensor, scale: Tensor | float
+    ) -> Iterator[Shift]:
+        """As `noisy_losses`, with what has changed at every layer: noise and its consequences.
+
+        Comes in blocks, in order, each of which takes as much memory as fits.
+
+        Args:
+            clean: from `clean(outputs=True)`.
+        """
+
+    def clean(self, outputs: bool = False) -> CleanPass:
+        """A clean pass; costs as many queries as there are rows, and memory for all inputs.
+
+        Args:
+            outputs: keep what layers put out too, for `noisy_shifts`.
+        """
 
     def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Gradients of parameters, by products with the clean inputs of their own layers.
@@ -198,20 +218,21 @@ _engine: list[Any] = []
 class ModelOracle:
     """Every kind of oracle on a model and a batch: perturbs, forbids backward, counts queries.
 
-    Args:
-        engine: runs the perturbed passes; shared by the oracles of a run.
-        batch: the rows.
-        dropout: names the dropout masks of the batch, for a model in training mode.
+        Args:
+            engine: runs the perturbed passes; shared by the oracles of a run.
+            batch: the rows.
+            dropout: names the dropout masks of the batch, for a model in training mode.
 
-    Example:
-        >>> from torch import nn
-        >>> from fwdlearn.batch import Batch
-        >>> from fwdlearn.engine import Engine
-        >>> batch = Batch((torch.ones(4, 3),), torch.zeros(4, dtype=torch.int64))
-        >>> engine = Engine(nn.Linear(3, 2), lambda output, targets: output.square().sum(1))
-        >>> oracle = ModelOracle(engine, batch)
-        >>> oracle.losses(torch.arange(4)).shape, oracle.queries
-        (torch.Size([4]), 4)
+        Example:
+            >>> from torch import nn
+            >>> from fwdlearn.batch import Batch
+            >>> from fwdlearn.engine import Engine
+    from fwdlearn.engine.shifts import Shift
+            >>> batch = Batch((torch.ones(4, 3),), torch.zeros(4, dtype=torch.int64))
+            >>> engine = Engine(nn.Linear(3, 2), lambda output, targets: output.square().sum(1))
+            >>> oracle = ModelOracle(engine, batch)
+            >>> oracle.losses(torch.arange(4)).shape, oracle.queries
+            (torch.Size([4]), 4)
     """
 
     def __init__(self, engine: Engine, batch: Batch, dropout: Key | None = None) -> None:
@@ -287,10 +308,27 @@ class ModelOracle:
         self._queries += len(row)
         return losses.clone()
 
-    def clean(self) -> CleanPass:
+    def noisy_shifts(
+        self, clean: CleanPass, row: Tensor, noise: Noise, index: Tensor, scale: Tensor | float
+    ) -> Iterator[Shift]:
+        """See `ActivationOracle.noisy_shifts`."""
+        scales = torch.as_tensor(scale, dtype=torch.float64, device=row.device).expand(len(row))
+        blocks = self._engine.activations.shifts(
+            self._batch, clean.outputs, row, noise, index, scales, self._dropout
+        )
+        while True:
+            # Nothing stays forbidden while the caller looks at a block.
+            with forbid_backward(), torch.inference_mode():
+                block = next(blocks, None)
+            if block is None:
+                return
+            self._queries += len(block.losses)
+            yield block
+
+    def clean(self, outputs: bool = False) -> CleanPass:
         """See `ActivationOracle.clean`."""
         with forbid_backward():
-            clean = self._engine.activations.clean(self._batch, self._dropout)
+            clean = self._engine.activations.clean(self._batch, self._dropout, outputs)
         self._queries += self.rows
         return clean
 

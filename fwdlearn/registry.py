@@ -51,6 +51,7 @@ _SCHEDULES = {
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "estimator": {
+        "ActivityNodePerturbation": "fwdlearn.estimators:ActivityNodePerturbation",
         "RandomPerturbation": "fwdlearn.estimators:RandomPerturbation",
         "SPSA": "fwdlearn.estimators:SPSA",
         "ForwardGradient": "fwdlearn.estimators:ForwardGradient",

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 INTERFACES = {
     f"fwdlearn.{name}"
     for name in (
-        *("estimator", "allocator", "oracle", "directions", "given", "products", "gradient"),
-        *("keys", "errors"),
+        *("estimator", "allocator", "oracle", "directions", "noise", "given", "products"),
+        *("gradient", "keys", "errors"),
     )
 }
 ALGORITHMS = ("estimators", "allocators")

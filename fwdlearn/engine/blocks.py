@@ -43,19 +43,22 @@ class Blocks:
         """Bytes of the largest block so far."""
         return max((taken.bytes(rows) for taken, rows in self._known.values()), default=0)
 
-    def plain(self, batch: Batch, run: Callable[[Tensor], object], widest: int) -> int:
-        """Rows of a plain pass.
+    def plain(
+        self, batch: Batch, run: Callable[[Tensor], object], widest: int, kind: str = "plain"
+    ) -> int:
+        """Rows of a pass that is no different from one query to the next.
 
         Args:
             batch: rows like those to come.
             run: the pass, over the rows int64 [count] of the batch.
-            widest: bytes of the widest activation of one row.
+            widest: bytes of the widest activation of one row, or of what is kept of it.
+            kind: which pass it is.
         """
 
         def some(count: int) -> object:
             return run(torch.arange(count, device=batch.device) % len(batch))
 
-        return self._rows(batch, "plain", lambda: [footprint(some, batch.device)], widest)
+        return self._rows(batch, kind, lambda: [footprint(some, batch.device)], widest)
 
     def perturbed(self, queries: Queries, run: Callable[[Queries], object], widest: int) -> int:
         """Queries of a perturbed pass; see `plain`.

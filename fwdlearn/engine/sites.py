@@ -8,6 +8,7 @@ there is none.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from fwdlearn.engine.blocks import Blocks
 from fwdlearn.engine.local import PRODUCTS
 from fwdlearn.engine.passes import Gradients, Pass
 from fwdlearn.engine.queries import masks
+from fwdlearn.engine.shifts import Shift, Shifting
 from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
 from fwdlearn.engine.visits import Gathering, Local, Noisy, Survey
 from fwdlearn.errors import UsageError
@@ -48,6 +50,7 @@ class Part:
     kept: list[Local]
     squares: dict[str, tuple[Tensor, int]]
     last: tuple[str, Tensor, Any] | None
+    outputs: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class Clean:
             sums, counts = zip(*(part.squares[site] for part in self.parts), strict=True)
             found[site] = (torch.stack(sums).sum() / sum(counts)).sqrt()
         return found
+
+    @cached_property
+    def outputs(self) -> Mapping[str, Tensor]:
+        names = self.parts[0].outputs
+        return {name: torch.cat([part.outputs[name] for part in self.parts]) for name in names}
 
     def gather(self, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         _check(cotangents, self.rms)
@@ -175,31 +183,85 @@ class Activations:
 
         return self._traced(batch, dropout, run)
 
-    def clean(self, batch: Batch, dropout: Key | None) -> Clean:
-        """A clean pass that keeps what products need."""
+    def shifts(
+        self,
+        batch: Batch,
+        clean: Mapping[str, Tensor],
+        row: Tensor,
+        noise: Noise,
+        index: Tensor,
+        scale: Tensor,
+        dropout: Key | None,
+    ) -> Iterator[Shift]:
+        """Noisy losses with what has changed at every site, in blocks that fit into memory."""
+        known = self.outputs(batch, dropout)
+        _check(noise.names, known)
+        if missing := known.keys() - clean.keys():
+            raise UsageError(
+                f"the clean pass has not kept the output of {min(missing)}; make it by "
+                "clean(outputs=True)."
+            )
+
+        def run(row: Tensor, index: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            mode = Shifting(
+                *self._model(len(row)),
+                sites=self._sites,
+                noise=noise,
+                index=index,
+                scale=scale,
+                row=row,
+                clean=clean,
+            )
+            rows, output = self._run(mode, batch, row, dropout)
+            return self.engine.row_losses(output, rows), mode.shifts
+
+        def like_them(rows: Tensor) -> object:
+            return run(rows, index[:1].expand(len(rows)), scale[:1].expand(len(rows)))
+
+        kept = sum(
+            math.prod(site.shape) * torch.promote_types(site.dtype, torch.float32).itemsize
+            for site in known.values()
+        )
+        size = self._block_sizes.plain(batch, like_them, max(kept, self._widest), "shifts")
+        for start in range(0, len(row), size):
+            some = slice(start, min(start + size, len(row)))
+            losses, shifts = self._traced(
+                batch, dropout, partial(run, row[some], index[some], scale[some])
+            )
+            yield Shift(some, losses, shifts)
+
+    def clean(self, batch: Batch, dropout: Key | None, outputs: bool = False) -> Clean:
+        """A clean pass that keeps what products need, and the outputs of layers if asked."""
 
         def run() -> Clean:
             blocks = self._blocks(batch, dropout)
-            return Clean(self.engine, [self._part(batch, *block, dropout) for block in blocks])
+            parts = [self._part(batch, *block, dropout, outputs) for block in blocks]
+            return Clean(self.engine, parts)
 
         # Only outside inference mode do tensors know whether someone has overwritten them.
         with torch.inference_mode(False), torch.no_grad():
             return self._traced(batch, dropout, run)
 
-    def _part(self, batch: Batch, start: int, row: Tensor, dropout: Key | None) -> Part:
+    def _part(
+        self, batch: Batch, start: int, row: Tensor, dropout: Key | None, outputs: bool
+    ) -> Part:
         kept: list[Local] = []
         squares: dict[str, tuple[Tensor, int]] = {}
+        seen: dict[str, Tensor] = {}
 
         def take(local: Local, out: Tensor) -> None:
             kept.append(local)
             wide = torch.promote_types(out.dtype, torch.float32)
             norm = torch.linalg.vector_norm(out, dtype=wide)
             squares[local.site] = (norm.square(), out.numel())
+            if outputs:
+                # A copy, because the model may overwrite its own.
+                seen[local.site] = out.to(wide, copy=True)
 
         mode = Gathering(*self._model(len(row)), sites=self._sites, take=take, keep=True)
         rows, output = self._run(mode, batch, row, dropout)
         losses = self.engine.row_losses(output, rows)
-        return Part(start, rows, output, losses, kept, squares, mode.last)
+        return Part(start, rows, output, losses, kept, squares, mode.last, seen)
 
     def gather(
         self, batch: Batch, cotangents: Mapping[str, Tensor], dropout: Key | None

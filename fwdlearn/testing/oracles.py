@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fwdlearn.directions import Directions
+from fwdlearn.engine.shifts import Shift
 from fwdlearn.errors import UsageError
 from fwdlearn.noise import Noise, Output
+from fwdlearn.oracle import CleanPass
 from fwdlearn.testing.problems import Problem
 
 RowFunction = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -130,6 +132,7 @@ class FunctionCleanPass:
 
     losses: Tensor
     rms: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
     exact: Mapping[str, Tensor] = field(default_factory=dict)
 
     def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -155,16 +158,36 @@ class ActivationFunctionOracle(FunctionOracle):
     def noisy_losses(
         self, row: Tensor, noise: Noise, index: Tensor, scale: Tensor | float
     ) -> Tensor:
+        return self._noisy(row, noise, index, scale)[0]
+
+    def _noisy(
+        self, row: Tensor, noise: Noise, index: Tensor, scale: Tensor | float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses, and what every layer put out."""
         scales = torch.as_tensor(scale, dtype=torch.float64).expand(len(row))
         asked = self._record(row, noise, index, scales)
         values = {n: v.detach().repeat(len(row), *[1] * v.dim()) for n, v in self.params.items()}
         for name in noise.names:
             noise.add(values[name], name, index, scales)
-        return self._answer(asked, self._function(values, row))
+        return self._answer(asked, self._function(values, row)), values
 
-    def clean(self) -> FunctionCleanPass:
+    def noisy_shifts(
+        self, clean: CleanPass, row: Tensor, noise: Noise, index: Tensor, scale: Tensor | float
+    ) -> Iterator[Shift]:
+        # In two blocks, so that an estimator that forgets one is seen.
+        scales = torch.as_tensor(scale, dtype=torch.float64).expand(len(row))
+        for some in (slice(0, 5), slice(5, len(row))):
+            if not len(row[some]):
+                continue
+            losses, values = self._noisy(row[some], noise, index[some], scales[some])
+            outputs = {name: v - clean.outputs[name][row[some]] for name, v in values.items()}
+            yield Shift(some, losses, outputs)
+
+    def clean(self, outputs: bool = False) -> FunctionCleanPass:
         rms = {name: value.square().mean().sqrt() for name, value in self.params.items()}
-        return FunctionCleanPass(self.losses(torch.arange(self.rows)), rms)
+        kept = {n: v.detach().expand(self.rows, *v.shape) for n, v in self.params.items()}
+        losses = self.losses(torch.arange(self.rows))
+        return FunctionCleanPass(losses, rms, kept if outputs else {})
 
     def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return self.clean().gather(cotangents)

@@ -17,9 +17,14 @@ import fwdlearn.estimators
 from fwdlearn.allocator import Plan
 from fwdlearn.estimator import Estimator
 from fwdlearn.keys import Key
-from fwdlearn.oracle import LossOracle
-from fwdlearn.testing import MLP, loss_oracle, slope_oracle
+from fwdlearn.oracle import ActivationOracle, LossOracle, SlopeOracle
+from fwdlearn.testing import MLP, activation_oracle, loss_oracle, slope_oracle
 
+ORACLES: dict[type, Any] = {
+    LossOracle: loss_oracle,
+    SlopeOracle: slope_oracle,
+    ActivationOracle: activation_oracle,
+}
 INSTANCES: list[Estimator] = [
     instance
     for name in fwdlearn.estimators.__all__
@@ -36,8 +41,7 @@ def path_of(estimator: Estimator) -> Path:
 def values_of(estimator: Estimator) -> dict[str, Any]:
     """Gradient, loss, cost and info on a small network, under unequal counts."""
     problem, plan = MLP.random(Key.root(2), 3), Plan(torch.tensor([2, 4, 3]), 2)
-    make = loss_oracle if estimator.traits.needs is LossOracle else slope_oracle
-    oracle = make(problem)
+    oracle = ORACLES[estimator.traits.needs](problem)
     state = estimator.init(oracle.params)
     estimate, _ = estimator.estimate(oracle, oracle.params, state, key=Key.root(3), plan=plan)
     return {
