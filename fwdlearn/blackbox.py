@@ -29,7 +29,9 @@ class BlackBox(nn.Module):
             objective makes losses of them. `params` maps the names to tensors of the function's
             own; `rows` is a `Batch`. It may return a tensor, an array or a list.
         numpy: whether the function takes numpy arrays instead of tensors, in `rows` too.
-        workers: calls that may be under way at once, each in a thread of its own.
+        workers: calls that may be under way at once, each in a thread of its own; with more than
+            one, the function must not share what it writes on (`torch.func.functional_call` writes
+            on the module for a while).
         rows_per_call: the most rows that one call takes, or None for no limit.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 import threading
@@ -68,7 +69,8 @@ def test_a_model_behind_a_black_box_gives_its_own_losses(settings: dict[str, Any
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
 
     def call(params: Mapping[str, Tensor], rows: Batch) -> Tensor:
-        return functional_call(model, dict(params), rows.args)
+        # Of this call alone: functional_call puts the parameters into the module for a while.
+        return functional_call(copy.deepcopy(model), dict(params), rows.args)
 
     rows = batch().to("cpu", torch.float64)
     params = {name: value.detach().clone() for name, value in model.named_parameters()}

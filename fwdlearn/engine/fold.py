@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fwdlearn.directions import LowRank
+from fwdlearn.directions import Factors, LowRank
 from fwdlearn.engine.queries import Queries
 from fwdlearn.engine.trace import Rows, TraceError, Use, opened, tensors, unchanged
 from fwdlearn.engine.varying import Varying
@@ -45,9 +46,15 @@ class Fold:
         self.cursor = 0
         group = queries.group
         self.scale = queries.scale[::group]
-        self.factors = queries.directions.at(queries.direction[::group])
+        self._scales: dict[tuple[torch.dtype, float], Tensor] = {}
         # Tensors made of parameters alone, kept alive so that no other takes their id.
         self._made: dict[int, tuple[Tensor, Varying | None]] = {}
+
+    @cached_property
+    def factors(self) -> Factors:
+        """The directions of the points."""
+        queries = self.queries
+        return queries.directions.at(_slice(queries.direction[:: queries.group]))
 
     @property
     def rows(self) -> int:
@@ -111,12 +118,19 @@ class Fold:
         name = self.names.get(id(value))
         if name is None:
             return self._made.get(id(value), (None, None))[1]
-        factors, group = self.factors[name], self.queries.group
+        group, wide = self.queries.group, torch.promote_types(value.dtype, torch.float32)
+        factors = self.factors[name]
         if isinstance(factors, LowRank):
-            return Varying(value, self.scale, factors, group=group)
-        wide = torch.promote_types(value.dtype, torch.float32)
-        scale = self.scale.to(wide).reshape(-1, *[1] * value.dim())
+            thin = LowRank(factors.left, factors.right, 1.0)
+            return Varying(value, self._scaled(wide, factors.scale), thin, group=group)
+        scale = self._scaled(wide, 1.0).view(-1, *[1] * value.dim())
         return Varying(value, self.scale, delta=factors * scale, group=group)
+
+    def _scaled(self, dtype: torch.dtype, size: float) -> Tensor:
+        """[points]: the scale times the size of a factor, worked out once."""
+        if (dtype, size) not in self._scales:
+            self._scales[dtype, size] = (self.scale * size).to(dtype)
+        return self._scales[dtype, size]
 
     def varying(self, value: Any) -> Varying | None:
         """The same with a point for each row."""
@@ -155,6 +169,17 @@ class Fold:
             f"{getattr(func, '__name__', func)} takes a parameter where it did not when the "
             "model was traced"
         )
+
+
+def _slice(ids: Tensor) -> Tensor | slice:
+    """Consecutive numbers as a slice, which takes a view where a tensor takes a copy."""
+    # On a GPU to look would be to wait for it.
+    if ids.device.type != "cpu" or not len(ids):
+        return ids
+    first, stop = int(ids[0]), int(ids[-1]) + 1
+    if stop - first == len(ids) and torch.equal(ids, torch.arange(first, stop)):
+        return slice(first, stop)
+    return ids
 
 
 Rule = Callable[..., Any]
