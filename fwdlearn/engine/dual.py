@@ -31,6 +31,10 @@ _AUGMENTED = {"iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod", "
 _opened = lru_cache(trace.opened)
 
 
+class HiddenError(TraceError):
+    """An operation drops tangents without a word, whoever asks; the message names it."""
+
+
 class Rules(Protocol):
     """Which rule differentiates an operation."""
 
@@ -84,6 +88,8 @@ class Dual(TorchFunctionMode):
                 return inside(*args, **kwargs)
         if getattr(func, "__name__", "") in _ESCAPES:
             raise TraceError(f"{func.__name__}() takes a value out of torch, and no slope with it")
+        if kwargs.get("out") is not None:
+            raise TraceError(f"{getattr(func, '__name__', func)}() writes into out=")
         if trace.unchanged(func, args, kwargs):
             return args[0]
         call = Call(self, func, args, kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from fwdlearn.engine.dual import Call
+from fwdlearn.engine.dual import Call, HiddenError
 from fwdlearn.engine.jvp import along, reason
 from fwdlearn.engine.trace import TraceError, tensors
 
@@ -36,10 +36,11 @@ def generic(call: Call, *args: Any, **kwargs: Any) -> Any:
         moving = tuple(r for r in results if moves(r))
         return moving, tuple(r for r in results if not moves(r))
 
+    custom = isinstance(call.func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+
     def push(*tangents: Tensor) -> Any:
         # A custom operation without a derivative would pass for one that does not move.
-        strict = isinstance(call.func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
-        answer: Any = jvp(run, primals, tangents, has_aux=True, strict=strict)
+        answer: Any = jvp(run, primals, tangents, has_aux=True, strict=custom)
         moving, slopes, still = answer
         return (moving, still), slopes
 
@@ -51,6 +52,8 @@ def generic(call: Call, *args: Any, **kwargs: Any) -> Any:
         out = call.plain()
         if not any(map(moves, tensors(out))):
             return out
+        if custom:
+            raise HiddenError(f"{call.func} has no forward derivative") from error
         raise TraceError(f"{call.name}() has no forward derivative ({reason(error)})") from error
     for value, tangent in zip(moving, slopes, strict=True):
         call.carry(value, tangent)

@@ -129,7 +129,8 @@ def divide(call: Call, input: Any, other: Any, **kwargs: Any) -> Any:
 def pointwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A function of each entry: its derivative is found once and serves all directions."""
     tangent = call.tangent(input)
-    if tangent is None or any(t is not input for t in call.operands()):
+    # Of complex numbers, a derivative may depend on the tangent's direction.
+    if tangent is None or input.is_complex() or any(t is not input for t in call.operands()):
         return generic(call)
     x = input.contiguous()
     answer: Any = jvp(lambda value: call.func(value, *args, **kwargs), (x,), (torch.ones_like(x),))
@@ -175,6 +176,17 @@ def dropout(
     # One mask for values and tangents; whoever names the masks names this one.
     mask = call.func(torch.ones_like(input), p, training)
     return call.again(torch.Tensor.mul_ if inplace else torch.mul, input, mask)
+
+
+def weight_norm(call: Call, v: Tensor, g: Tensor, dim: int = 0) -> Any:
+    """In operations that have derivatives: torch has none for it as a whole."""
+    # Torch takes -1 for none: one norm for all entries.
+    axes = [axis for axis in range(v.dim()) if axis != dim]
+
+    def normed(v: Tensor, g: Tensor) -> Tensor:
+        return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
+
+    return call.again(normed, v, g)
 
 
 def same(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:

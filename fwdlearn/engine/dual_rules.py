@@ -49,6 +49,10 @@ _FLIPS: Mapping[Any, Rule] = {
 }
 _OTHERS: Mapping[Any, Rule] = {
     vars(torch._C.TensorBase)["data"].__get__: ops.same,
+    **{
+        vars(torch._C.TensorBase)[part].__get__: kinds.linear_map
+        for part in ("real", "imag", "H", "mH")
+    },
     F.scaled_dot_product_attention: attention,
     F.gelu: ops.gelu,
     F.dropout: ops.dropout,
@@ -109,6 +113,7 @@ _NAMES: Mapping[str, Rule] = {
     "softmax": norms.softmax,
     "log_softmax": norms.log_softmax,
     "cross_entropy_loss": norms.cross_entropy,
+    "weight_norm": ops.weight_norm,
 }
 _BROADCAST = _POINTWISE | _SUMS | _PRODUCTS | _QUOTIENTS | _ENTRYWISE | _SAME
 

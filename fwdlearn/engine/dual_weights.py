@@ -89,8 +89,8 @@ def _thin(into: Tensor, x: Tensor, leaf: Leaf | None, shift: Leaf | None) -> boo
         return True
     left, right = leaf.left(into.dtype), leaf.right(into.dtype)
     columns = right.permute(1, 2, 0, 3).flatten(2)
-    inner = (flat @ columns).view(*x.shape[:-1], len(into), -1)
-    for rank in range(inner.shape[-1]):
+    inner = (flat @ columns).view(*x.shape[:-1], len(into), left.shape[-1])
+    for rank in range(left.shape[-1]):
         factor = inner[..., rank].movedim(-1, 0).unsqueeze(-1)
         outer = left[..., rank].unflatten(1, (-1, *middle))
         if rank:

@@ -84,12 +84,16 @@ class Jvp:
         plain, slopes = None, []
         for ids in some.direction.split(self.together):
             tangents = [directions.dense(name, ids) for name in self.params]
+            ways = list(self._ways)
             try:
-                plain, part = along(push, tangents, self._ways)
+                plain, part = along(push, tangents, ways)
+            except (FwdlearnError, torch.OutOfMemoryError):
+                raise
             except (RuntimeError, NotImplementedError, ValueError) as error:
-                if isinstance(error, (FwdlearnError, torch.OutOfMemoryError)):
-                    raise
+                # What fails without derivatives too is not for this rung to explain.
+                losses(*self.params.values())
                 raise JvpError(reason(error)) from error
+            self._ways = ways
             slopes.append(part)
         assert plain is not None
         return plain, torch.cat(slopes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine import sequential
 from fwdlearn.engine.choice import Choice
-from fwdlearn.engine.dual import Dual
+from fwdlearn.engine.dual import Dual, HiddenError
 from fwdlearn.engine.dual_rules import DUAL_RULES
-from fwdlearn.engine.jvp import Jvp, JvpError
+from fwdlearn.engine.jvp import Jvp, JvpError, reason
 from fwdlearn.engine.layout import SlopePass, slope_passes
 from fwdlearn.engine.queries import Queries, masks
 from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
-from fwdlearn.errors import UsageError
+from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
 
 SLOPE_RUNGS = ("dual", "jvp")
@@ -38,6 +39,10 @@ _TOLERANCE = {
     torch.float16: (0.3, 0.1),
     torch.bfloat16: (0.5, 0.2),
 }
+
+# Losses of rows together and alone that are further apart, relatively, are those of a model that
+# mixes them. A model in float64 may compute in float32 in places.
+_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 class Slopes:
@@ -76,7 +81,10 @@ class Slopes:
         # share a pass.
         self._uses: tuple[Use, ...] | None = None
         self._widest = 1
+        # Whether the loss of a row depends on the rows beside it.
+        self._mixing = sequential.mixes_rows(model)
 
+    @torch.no_grad()
     def __call__(
         self,
         batch: Batch,
@@ -108,13 +116,16 @@ class Slopes:
             self._trace(batch, dropout)
             try:
                 return self._dual(*queries)
+            except HiddenError as error:
+                raise UsageError(_refused(self.model, [f"dual: {error}"])) from error
             except TraceError as error:
                 choice = self.choose(batch, dropout, [f"dual: {error}"])
         try:
             return self._dense(*queries)
         except JvpError as error:
-            raise UsageError(f"{_refused(self.model, [f'jvp: {error}'])}") from error
+            raise UsageError(_refused(self.model, [f"jvp: {error}"])) from error
 
+    @torch.no_grad()
     def choose(
         self, batch: Batch, dropout: Key | None = None, failed: Sequence[str] = ()
     ) -> Choice:
@@ -128,16 +139,21 @@ class Slopes:
         """
         failed = list(failed)
         wanted = SLOPE_RUNGS if self.wanted == "auto" else (self.wanted,)
+        self._mixing = self._rows_mix(batch, dropout)
+        if self._mixing:
+            self._uses = None
+        else:
+            self._trace(batch, dropout)
         for rung in wanted[len(failed) :]:
             try:
-                if rung == "dual":
-                    self._trace(batch, dropout)
                 error = self._check(rung, batch, dropout)
-            except (TraceError, JvpError) as reason:
-                failed.append(f"{rung}: {reason}")
+            except (TraceError, JvpError) as why:
+                failed.append(f"{rung}: {why}")
+                if isinstance(why, HiddenError):
+                    break
                 continue
-            why = "; ".join([*failed, f"equals differences of losses to {error:.0e}"])
-            self.choice = Choice(rung, why)
+            agreed = f"equals differences of losses to {error:.0e}"
+            self.choice = Choice(rung, "; ".join([*failed, agreed]))
             self.events.append(self.choice)
             return self.choice
         raise UsageError(_refused(self.model, failed))
@@ -151,16 +167,32 @@ class Slopes:
         dropout: Key | None,
     ) -> tuple[Tensor, Tensor]:
         def run(some: SlopePass) -> tuple[Tensor, Tensor]:
-            rows = batch.select(some.row)
+            self._check_whole(some, batch)
             dual = Dual(self._names, self._uses or (), DUAL_RULES, directions, some.direction)
-            with masks(dropout, some.row), dual:
-                losses = self.row_losses(self.model(*rows.args, **rows.kwargs), rows)
+            try:
+                losses = self._losses(batch, some.row, dropout, dual)
+            except (TraceError, FwdlearnError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                # What fails without derivatives too is not for this rung to explain.
+                self._losses(batch, some.row, dropout, nullcontext())
+                raise TraceError(f"{type(error).__name__}: {reason(error)}") from error
             dual.finish()
             slopes = dual.tangent(losses)
             return losses, losses.new_zeros(some.query.shape) if slopes is None else slopes
 
-        size = self._size(batch)
-        return _gathered(slope_passes(row, direction, size, self._uses is not None), run, len(row))
+        private = self._uses is not None
+        return _gathered(
+            slope_passes(row, direction, self._size(batch, row), private), run, len(row)
+        )
+
+    def _losses(
+        self, batch: Batch, row: Tensor, dropout: Key | None, within: AbstractContextManager[Any]
+    ) -> Tensor:
+        """Losses [rows] of one pass run `within` something."""
+        rows = batch.select(row)
+        with masks(dropout, row), within:
+            return self.row_losses(self.model(*rows.args, **rows.kwargs), rows)
 
     def _dense(
         self,
@@ -170,18 +202,37 @@ class Slopes:
         direction: Tensor,
         dropout: Key | None,
     ) -> tuple[Tensor, Tensor]:
-        mixing = sequential.mixes_rows(self.model)
-
         def run(some: SlopePass) -> tuple[Tensor, Tensor]:
-            if mixing:
-                sequential.check_whole(some.row, len(batch))
+            self._check_whole(some, batch)
             return self._jvp.run(batch, some, directions, dropout)
 
-        size = len(row) * (len(row) + 1) if mixing else self._size(batch)
+        size = self._size(batch, row)
         return _gathered(slope_passes(row, direction, size, private=False), run, len(row))
 
-    def _size(self, batch: Batch) -> int:
+    def _check_whole(self, some: SlopePass, batch: Batch) -> None:
+        if sequential.mixes_rows(self.model):
+            sequential.check_whole(some.row, len(batch))
+        elif self._mixing and len(some.row) != len(batch):
+            raise UsageError(
+                f"{type(self.model).__name__} makes the loss of a row depend on the rows beside "
+                "it (or on chance), so all rows must share their directions: set the allocator's "
+                "sharing to 'shared'."
+            )
+
+    def _rows_mix(self, batch: Batch, dropout: Key | None) -> bool:
+        """Whether losses of rows differ from those of each row alone by more than rounding."""
+        if sequential.mixes_rows(self.model):
+            return True
+        row = torch.arange(min(3, len(batch)), device=batch.device)
+        together, *alone = (
+            self._losses(batch, some, dropout, nullcontext()) for some in (row, *row.split(1))
+        )
+        return _apart(together, torch.cat(alone)) > _ROUNDING.get(self._dtype, 0.2)
+
+    def _size(self, batch: Batch, row: Tensor) -> int:
         """Rows of a pass, each counted once and once more for each direction."""
+        if self._mixing:
+            return len(row) * (len(row) + 1)
         if self.memory_budget:
             # Some four activations of the widest kind are alive at once.
             return max(1, self.memory_budget // (4 * self._widest))
@@ -208,7 +259,9 @@ class Slopes:
     def _check(self, rung: str, batch: Batch, dropout: Key | None) -> float:
         """The difference from differences of losses, relative to the slopes."""
         run, failed = (self._dual, TraceError) if rung == "dual" else (self._dense, JvpError)
-        whole = sequential.mixes_rows(self.model)
+        whole = self._mixing
+        if rung == "dual" and sequential.mixes_rows(self.model):
+            raise TraceError("batch normalisation in training mode mixes the rows of the batch")
         row = torch.arange(len(batch) if whole else min(2, len(batch)), device=batch.device)
         row = row.repeat_interleave(2)
         family = Directions(Key.root(0).fold("self-check of slopes"), self.params, len(row))

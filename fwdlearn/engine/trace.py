@@ -115,6 +115,9 @@ def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
     """
     if not isinstance(func, types.FunctionType) or func.__module__ != "torch.nn.functional":
         return None
+    if func.__closure__:
+        # It chooses between two others, and both hand it to the mode again.
+        return None
     skip = {
         name: lambda *_: False for name in func.__globals__ if name.startswith("has_torch_function")
     }
