@@ -6,14 +6,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from fwdlearn.directions import Directions
 from fwdlearn.engine import Engine
-from fwdlearn.engine.slopes import Slopes
-from fwdlearn.errors import BackwardError, UsageError
 from fwdlearn.keys import Key
-from fwdlearn.oracle import ModelOracle
 
 from .models import CASES, built
 from .slope_reference import Wide, by_differences, by_jvp, check, queries
