@@ -14,6 +14,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from fwdlearn.allocator import Allocator, Plan
+from fwdlearn.counts import check_counts, check_sharing, sharing_rows
 from fwdlearn.keys import Key
 
 
@@ -37,24 +38,13 @@ class Uniform(Allocator):
     sharing: str | int = "private"
 
     def __post_init__(self) -> None:
-        if isinstance(self.directions, bool) or self.directions < 1:
-            raise ValueError(f"Uniform(directions=...) must be at least 1, got {self.directions}.")
-        if isinstance(self.sharing, str):
-            valid = self.sharing in ("private", "shared")
-        else:
-            valid = self.sharing >= 1 and not isinstance(self.sharing, bool)
-        if not valid:
-            raise ValueError(
-                "Uniform(sharing=...) must be 'private', 'shared' or a number of rows of at "
-                f"least 1, got {self.sharing!r}."
-            )
+        check_counts("Uniform", self.directions)
+        check_sharing("Uniform", self.sharing)
 
     def allocate(
         self, rows: int, signals: Mapping[str, Tensor], state: Any, *, key: Key
     ) -> tuple[Plan, Any]:
-        named = {"private": 1, "shared": rows}
-        sharing = named[self.sharing] if isinstance(self.sharing, str) else self.sharing
-        return Plan.uniform(rows, self.directions, sharing), state
+        return Plan.uniform(rows, self.directions, sharing_rows(self.sharing, rows)), state
 
     @classmethod
     def examples(cls) -> list[Self]:

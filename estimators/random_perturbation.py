@@ -96,7 +96,7 @@ class RandomPerturbation(Estimator):
             valid &= baseline.isfinite()
             centre = baseline
         else:
-            if int(plan.counts.min()) < 2:
+            if plan.fewest < 2:
                 raise UsageError(
                     "RandomPerturbation(baseline='leave-one-out') needs two directions a row or "
                     "more; raise the allocator's directions, or use baseline='clean'."
@@ -106,7 +106,8 @@ class RandomPerturbation(Estimator):
         slopes = torch.where(weight > 0, (losses - baseline) / self.sigma, 0.0)
         loss = (weight * torch.where(weight > 0, centre, 0.0)).sum()
         queries = oracle.queries - start
-        return _estimate(directions, plan, weight, slopes, loss, queries, nonfinite), state
+        made = _estimate(directions, plan, weight, slopes, loss, queries, nonfinite, least)
+        return made, state
 
     @classmethod
     def examples(cls) -> list[Self]:
@@ -205,6 +206,7 @@ def _estimate(
     loss: Tensor,
     queries: int,
     nonfinite: int,
+    least: int = 1,
 ) -> Estimate:
     coefficients = slopes.new_zeros(plan.directions)
     coefficients.index_add_(0, plan.direction, weight * slopes)
@@ -216,4 +218,15 @@ def _estimate(
         "coef_abs": slopes.abs().mean(),
         "nonfinite": torch.tensor(nonfinite),
     }
-    return Estimate(grad, loss, queries, info)
+    return Estimate(
+        grad, loss, queries, info, {"square_slope": _square(plan, weight, slopes, least)}
+    )
+
+
+def _square(plan: Plan, weight: Tensor, slopes: Tensor, least: int) -> Tensor:
+    """float64 [rows]: the mean squared slope of each row, nan where it has none."""
+    count, total = weight.new_zeros(2, plan.rows).unbind()
+    count = count.index_add(0, plan.row, (weight > 0).double())
+    total = total.index_add(0, plan.row, slopes.square())
+    # A baseline of n - 1 other losses adds the n-th part of their variance to that of a slope.
+    return total / count if least == 1 else total * (count - 1) / count.square()

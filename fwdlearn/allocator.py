@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,12 +22,15 @@ class Plan:
     """Which rows get which directions, with which weight.
 
     Counts become the weights `1 / (rows * count)`, so the estimate is the mean over rows of each
-    row's own mean: an allocation changes the variance and never the objective.
+    row's own mean: an allocation changes the variance and never the objective. Two other forms
+    have names: `Plan.included`, in which rows go without by chance, and `Plan.pooled`, which does
+    change the objective.
 
     Args:
-        counts: int64 [rows], directions of each row, at least 1.
+        counts: int64 [rows], directions of each row, at least 1 where the row has weight.
         sharing: how many consecutive rows use the same directions: 1 is private to a row,
             `rows` or more is shared by the batch.
+        row_weight: float64 [rows], what each row's own mean counts; None is `1 / rows` for all.
 
     Example:
         >>> plan = Plan(torch.tensor([2, 1]))
@@ -37,6 +40,7 @@ class Plan:
 
     counts: Tensor
     sharing: int = 1
+    row_weight: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.counts.dtype != torch.int64 or self.counts.dim() != 1 or not len(self.counts):
@@ -44,8 +48,25 @@ class Plan:
                 "Plan(counts) must be int64 [rows] with at least one row, got "
                 f"{self.counts.dtype} {tuple(self.counts.shape)}."
             )
-        if int(self.counts.min()) < 1:
-            raise ValueError(f"Plan(counts) must be at least 1, got {int(self.counts.min())}.")
+        weight, fewest = self.row_weight, int(self.counts.min())
+        if weight is None and fewest < 1:
+            raise ValueError(
+                f"Plan(counts) must be at least 1, got {fewest}; Plan.included is for rows that "
+                "go without."
+            )
+        if weight is not None:
+            if weight.shape != self.counts.shape or weight.dtype != torch.float64:
+                raise ValueError(
+                    f"Plan(row_weight) must be float64 [{self.rows}], got {weight.dtype} "
+                    f"{tuple(weight.shape)}."
+                )
+            if fewest < 0 or not torch.equal(weight > 0, self.counts > 0):
+                raise ValueError(
+                    "Plan(row_weight) must be positive where there are directions, "
+                    "and 0 where there are none."
+                )
+            if not int(self.counts.max()):
+                raise ValueError("Plan(counts) must give some row a direction.")
         if self.sharing < 1:
             raise ValueError(f"Plan(sharing) must be at least 1, got {self.sharing}.")
 
@@ -54,9 +75,40 @@ class Plan:
         """The same number of directions for every row."""
         return cls(torch.full((rows,), directions), sharing)
 
+    @classmethod
+    def included(cls, counts: Tensor, probability: Tensor, sharing: int = 1) -> Plan:
+        """Rows were drawn at random, and those that were not go without directions.
+
+        A drawn row counts `1 / (rows * probability)`, which makes up for the times when it is not,
+        so the mean of the estimate is that of a plan with all rows.
+
+        Args:
+            counts: int64 [rows], 0 where the row was not drawn.
+            probability: float64 [rows] in (0, 1], with which each row was drawn.
+            sharing: as in `Plan`.
+        """
+        if not bool(((probability > 0) & (probability <= 1)).all()):
+            raise ValueError("Plan.included(probability) must lie in (0, 1].")
+        weight = torch.where(counts > 0, 1.0 / (len(counts) * probability.double()), 0.0)
+        return cls(counts, sharing, weight)
+
+    @classmethod
+    def pooled(cls, counts: Tensor, sharing: int = 1) -> Plan:
+        """Every pair counts the same, so a row counts by its directions: *another objective*.
+
+        What is estimated is the gradient of a mean in which rows with many directions weigh more.
+        Compare it only with methods that weigh the rows alike.
+        """
+        return cls(counts, sharing, counts.double() / int(counts.sum()))
+
     @property
     def rows(self) -> int:
         return len(self.counts)
+
+    @property
+    def fewest(self) -> int:
+        """Directions of the row that has fewest, of those that have any."""
+        return int(self.counts[self.counts > 0].min())
 
     def __len__(self) -> int:
         """How many (row, direction) pairs there are."""
@@ -84,7 +136,10 @@ class Plan:
 
     @cached_property
     def weight(self) -> Tensor:
-        """float64 [pairs]: 1 / (rows * count of the pair's row). Sums to 1."""
+        """float64 [pairs]: 1 / (rows * count of the pair's row), which sums to 1, unless the rows
+        have weights of their own."""
+        if self.row_weight is not None:
+            return self.row_weight[self.row] / self.counts[self.row].double()
         return 1.0 / (self.rows * self.counts[self.row].double())
 
     def finite(self, valid: Tensor, least: int = 1) -> tuple[Tensor, int]:
@@ -97,8 +152,8 @@ class Plan:
             least: pairs that a row needs to be of use.
 
         Returns:
-            float64 [pairs] that sum to 1, zero for what is left out, and how many invalid there
-            were.
+            float64 [pairs] with the sum of `weight`, zero for what is left out, and how many
+            invalid there were.
 
         Raises:
             NonFiniteError: fewer than half of the pairs remain.
@@ -115,14 +170,18 @@ class Plan:
                 f"{dropped} of {len(self)} queries gave a loss that is not finite; lower the "
                 "learning rate or sigma, or look for rows that overflow."
             )
-        rows = (left >= least).sum()
-        return torch.where(kept, 1.0 / (rows * left[row].clamp(min=1)), 0.0), dropped
+        useful, left = left >= least, left[row].clamp(min=1)
+        if self.row_weight is None:
+            return torch.where(kept, 1.0 / (useful.sum() * left), 0.0), dropped
+        weight = self.row_weight.to(row.device)
+        weight = weight * (weight.sum() / weight[useful].sum())
+        return torch.where(kept, weight[row] / left, 0.0), dropped
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan with its index vectors on `device`."""
         if self.counts.device == torch.device(device):
             return self
-        moved = Plan(self.counts, self.sharing)
+        moved = Plan(self.counts, self.sharing, self.row_weight)
         for name in ("row", "direction", "weight"):
             # Worked out here, so that arithmetic and order are those of the CPU everywhere.
             moved.__dict__[name] = getattr(self, name).to(device)
@@ -130,24 +189,51 @@ class Plan:
         return moved
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """What a step has shown, for the plans of later ones.
+
+    Args:
+        loss: the estimate's.
+        square_norm: of the estimate, over all parameters.
+        square_norms: name of a parameter -> of its part.
+        variance: the trace of the estimate's covariance, or nan where the estimator gives none.
+        rows: name -> float64 [rows], what the estimator tells of each row (see `Estimate`).
+    """
+
+    loss: float
+    square_norm: float
+    square_norms: Mapping[str, float]
+    variance: float
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class Allocator(ABC):
     """Divides the queries of a step among its rows.
 
     Settings are frozen data; what must last from step to step is the state, which goes in and
-    comes out. An allocator spends `directions` directions a row on average, exactly, and knows
-    no estimator.
+    comes out as plain numbers and tensors. An allocator spends its budget of directions exactly,
+    and knows no estimator. Only what was known before a step may decide its plan: counts that
+    depend on the losses which they weigh bias the estimate.
 
     Attributes:
-        signals: names of the per-row signals that it reads, such as "loss".
-        directions: mean number of directions a row.
+        signals: names of the per-row signals that it reads (see `fwdlearn.signals`); a class
+            attribute, or a property where settings decide.
+        directions: mean number of directions a row, in the first step where that changes.
+        reweights: whether its plans change the objective, as `Plan.pooled` does.
     """
 
-    signals: ClassVar[frozenset[str]] = frozenset()
+    signals: frozenset[str] = frozenset()
     directions: int
+    reweights: bool = False
 
     def init(self) -> State:
         """The state before the first step."""
         return None
+
+    def budget(self, rows: int, state: State) -> int:
+        """How many (row, direction) pairs the next plan will have, known before it is made."""
+        return rows * self.directions
 
     @abstractmethod
     def allocate(
@@ -157,10 +243,16 @@ class Allocator(ABC):
 
         Args:
             rows: how many rows the batch has.
-            signals: what `self.signals` asked for, each float [rows].
+            signals: what `self.signals` asked for, each [rows].
             state: from `init` or the last call.
             key: names all randomness.
         """
+
+    def observe(
+        self, plan: Plan, signals: Mapping[str, Tensor], feedback: Feedback, state: State
+    ) -> State:
+        """The state after a step, of whose plan and signals `feedback` tells what came of them."""
+        return state
 
     @classmethod
     @abstractmethod

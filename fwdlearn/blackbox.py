@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine.calls import Calls
+from fwdlearn.engine.measured import Measured
 from fwdlearn.errors import UsageError
 from fwdlearn.objectives import returned
 from fwdlearn.oracle import forbid_backward
@@ -117,6 +118,7 @@ class CallableOracle:
         objective: Callable[[Any, Tensor], Tensor] = returned,
     ) -> None:
         self._calls, self._batch, self._queries = Calls(box, objective), batch, 0
+        self._known: Tensor | None = None
         self._params = {name: value.detach() for name, value in self._calls.params.items()}
 
     @property
@@ -141,8 +143,21 @@ class CallableOracle:
         direction: Tensor | None = None,
         scale: Tensor | float = 0.0,
     ) -> Tensor:
-        """See `LossOracle.losses`; raises UsageError where the function fails."""
+        """See `LossOracle.losses`; raises UsageError where the function fails.
+
+        What `measure` has shown is answered without a query.
+        """
+        if directions is None and self._known is not None:
+            return self._known[row]
         with forbid_backward():
             losses = self._calls.losses(self._batch, row, directions, direction, scale)
         self._queries += len(row)
         return losses.clone()
+
+    def measure(self, residual: bool, keep: bool = False) -> Measured:
+        """See `fwdlearn.signals.Measuring`; there are no layers whose inputs could be kept."""
+        with forbid_backward():
+            clean = self._calls.measure(self._batch, residual)
+        self._queries += self.rows
+        self._known = clean.losses.clone()
+        return clean

@@ -28,7 +28,8 @@ class Traits:
         target: what the mean of its estimates equals: the "gradient" itself, the gradient of the
             loss "smoothed" by the noise, or neither ("biased").
         queries_per_direction: queries for each (row, direction) pair of the plan.
-        queries_per_row: queries for each row beside those, such as a clean pass.
+        queries_per_row: queries for each row beside those. The first is a clean pass: losses at
+            the unperturbed point, which an allocator's signals share.
     """
 
     needs: type
@@ -39,7 +40,12 @@ class Traits:
 
     def queries(self, plan: Plan) -> int:
         """What a plan costs."""
-        return self.queries_per_direction * len(plan) + self.queries_per_row * plan.rows
+        return self.cost(plan.rows, len(plan))
+
+    def cost(self, rows: int, pairs: int, measured: bool = False) -> int:
+        """What so many (row, direction) pairs cost, with a clean pass for signals if `measured`."""
+        per_row = max(self.queries_per_row, int(measured))
+        return self.queries_per_direction * pairs + per_row * rows
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,16 @@ class Estimate:
         info: flat scalars. Reserved: `variance` (estimate of the trace of the covariance of
             `grad`), `coef_abs` (mean size of the loss differences over sigma, or of the slopes),
             `nonfinite` (queries dropped because their loss was not finite).
+        rows: per-row figures, float64 [rows], nan where a row has none. Reserved: `square_slope`
+            (estimate of the mean squared slope of the row's loss along a direction, so of its
+            squared gradient).
     """
 
     grad: Mapping[str, Tensor]
     loss: Tensor
     queries: int
     info: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Estimator(ABC):

@@ -82,6 +82,31 @@ def correct(output: Any, targets: Tensor) -> Tensor | None:
     return scores.argmax(1) == targets
 
 
+def residual(output: Any, targets: Tensor) -> Tensor:
+    """float [rows]: how far outputs are from targets.
+
+    For int64 targets [rows] the norm of softmax(logits) minus the target's unit vector, which is
+    that of the derivative of cross-entropy; for floating targets that of output minus targets.
+
+    Raises:
+        UsageError: neither means anything for these outputs.
+    """
+    if targets.is_floating_point():
+        values = logits(output)
+        if values.numel() == targets.numel():
+            return (values - targets.reshape(values.shape)).flatten(1).norm(dim=1)
+    elif targets.dim() == 1:
+        scores = logits(output)
+        if scores.dim() == 2 and targets.dtype == torch.int64:
+            unit = F.one_hot(targets, scores.shape[1])
+            return (scores.softmax(1) - unit).norm(dim=1)
+    raise UsageError(
+        "the signal 'residual' needs logits [rows, classes] with int64 targets, or as many values "
+        f"as floating targets, got {tuple(logits(output).shape)} and {targets.dtype} "
+        f"{tuple(targets.shape)}; the signal 'loss' needs neither."
+    )
+
+
 def _scores(output: Any, targets: Tensor) -> Tensor:
     scores = logits(output)
     if scores.dim() != 2 or targets.dtype != torch.int64 or targets.dim() != 1:

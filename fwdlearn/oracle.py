@@ -16,6 +16,7 @@ from torch import Tensor
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine import Engine
+from fwdlearn.engine.measured import Measured
 from fwdlearn.engine.shifts import Shift
 from fwdlearn.errors import BackwardError, UsageError
 from fwdlearn.keys import Key
@@ -218,26 +219,27 @@ _engine: list[Any] = []
 class ModelOracle:
     """Every kind of oracle on a model and a batch: perturbs, forbids backward, counts queries.
 
-        Args:
-            engine: runs the perturbed passes; shared by the oracles of a run.
-            batch: the rows.
-            dropout: names the dropout masks of the batch, for a model in training mode.
+    Args:
+        engine: runs the perturbed passes; shared by the oracles of a run.
+        batch: the rows.
+        dropout: names the dropout masks of the batch, for a model in training mode.
 
-        Example:
-            >>> from torch import nn
-            >>> from fwdlearn.batch import Batch
-            >>> from fwdlearn.engine import Engine
-    from fwdlearn.engine.shifts import Shift
-            >>> batch = Batch((torch.ones(4, 3),), torch.zeros(4, dtype=torch.int64))
-            >>> engine = Engine(nn.Linear(3, 2), lambda output, targets: output.square().sum(1))
-            >>> oracle = ModelOracle(engine, batch)
-            >>> oracle.losses(torch.arange(4)).shape, oracle.queries
-            (torch.Size([4]), 4)
+    Example:
+        >>> from torch import nn
+        >>> from fwdlearn.batch import Batch
+        >>> from fwdlearn.engine import Engine
+        >>> batch = Batch((torch.ones(4, 3),), torch.zeros(4, dtype=torch.int64))
+        >>> engine = Engine(nn.Linear(3, 2), lambda output, targets: output.square().sum(1))
+        >>> oracle = ModelOracle(engine, batch)
+        >>> oracle.losses(torch.arange(4)).shape, oracle.queries
+        (torch.Size([4]), 4)
     """
 
     def __init__(self, engine: Engine, batch: Batch, dropout: Key | None = None) -> None:
         self._engine, self._batch, self._dropout = engine, batch, dropout
         self._queries = 0
+        self._known: Tensor | None = None
+        self._kept: CleanPass | None = None
         self._params = {name: value.detach() for name, value in engine.params.items()}
 
     @property
@@ -262,13 +264,30 @@ class ModelOracle:
         direction: Tensor | None = None,
         scale: Tensor | float = 0.0,
     ) -> Tensor:
-        """See `LossOracle.losses`."""
+        """See `LossOracle.losses`; what `measure` has shown is answered without a query."""
+        if directions is None and self._known is not None:
+            return self._known[row]
         with forbid_backward(), torch.inference_mode():
             losses = self._engine.losses(
                 self._batch, row, directions, direction, scale, self._dropout
             )
         self._queries += len(row)
         return losses.clone()
+
+    def measure(self, residual: bool, keep: bool = False) -> Measured:
+        """See `fwdlearn.signals.Measuring`."""
+        with forbid_backward():
+            if keep:
+                kept = self._engine.activations.clean(self._batch, self._dropout, outputs=True)
+                with torch.inference_mode():
+                    clean = kept.measured(residual)
+                self._kept = kept
+            else:
+                with torch.inference_mode():
+                    clean = self._engine.measure(self._batch, residual, self._dropout)
+        self._queries += self.rows
+        self._known = clean.losses.clone()
+        return clean
 
     def slopes(
         self, row: Tensor, directions: Directions, direction: Tensor
@@ -326,7 +345,9 @@ class ModelOracle:
             yield block
 
     def clean(self, outputs: bool = False) -> CleanPass:
-        """See `ActivationOracle.clean`."""
+        """See `ActivationOracle.clean`; a pass that `measure` has kept is not run again."""
+        if self._kept is not None:
+            return self._kept
         with forbid_backward():
             clean = self._engine.activations.clean(self._batch, self._dropout, outputs)
         self._queries += self.rows

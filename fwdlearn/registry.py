@@ -56,7 +56,16 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "SPSA": "fwdlearn.estimators:SPSA",
         "ForwardGradient": "fwdlearn.estimators:ForwardGradient",
     },
-    "allocator": {"Uniform": "fwdlearn.allocators:Uniform"},
+    "allocator": {
+        name: f"fwdlearn.allocators:{name}"
+        for name in (
+            "Uniform",
+            "Neyman",
+            "GaussianAllocator",
+            "BernoulliAllocator",
+            "ConfidenceSkip",
+        )
+    },
     "model": {name: f"fwdlearn.models:{name}" for name in ("mlp", "cnn", "vit", "transformers")},
     "data": {
         name: f"fwdlearn.data:{name}"

@@ -6,13 +6,13 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fwdlearn.allocator import Allocator, Plan
+from fwdlearn.allocator import Allocator, Feedback, Plan
 from fwdlearn.batch import Batch
 from fwdlearn.blackbox import BlackBox, CallableOracle
 from fwdlearn.data.types import Data, Dataset
@@ -25,7 +25,8 @@ from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.forecast import counted, timed
 from fwdlearn.keys import Key
 from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
-from fwdlearn.oracle import LossOracle, ModelOracle, forbid_backward, require
+from fwdlearn.oracle import ActivationOracle, ModelOracle, forbid_backward, require
+from fwdlearn.signals import check_signals, measured, read
 
 
 class Reporter(Protocol):
@@ -42,6 +43,28 @@ class Schedule(Protocol):
     """A learning-rate schedule of torch, stepped once a step."""
 
     def step(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step before its update.
+
+    Args:
+        estimate: with all queries of the step, those for signals too.
+        plan: that it was made with.
+        signals: that the plan was made of.
+    """
+
+    estimate: Estimate
+    plan: Plan
+    signals: Mapping[str, Tensor]
+
+    def feedback(self, square_norms: Mapping[str, float]) -> Feedback:
+        """What the allocator is told."""
+        made = self.estimate
+        rows = {name: value.detach().cpu() for name, value in made.rows.items()}
+        variance = float(made.info.get("variance", math.nan))
+        return Feedback(float(made.loss), sum(square_norms.values()), square_norms, variance, rows)
 
 
 @dataclass
@@ -88,10 +111,12 @@ class Trainer:
         estimator: turns losses into a gradient.
         allocator: divides the queries of a step among its rows.
         optimizer: a torch optimizer on the model's trainable parameters.
-        schedule: a torch learning-rate schedule, stepped once a step.
+        schedule: a torch learning-rate schedule, stepped once a step; where the allocator changes
+            its budget and `queries` is given, once for what a step costs at first.
         batch_size: rows of a step, at least 1.
         steps: how many steps to take; or
-        queries: a budget of queries, one forward pass of one row each. Exactly one of the two.
+        queries: a budget of queries, one forward pass of one row each: steps are taken while the
+            next one fits. Exactly one of the two.
         seed: of all randomness, in [0, 2**64).
         device: where batches go.
         evaluate_every: steps between evaluations, or None to evaluate at the end alone.
@@ -162,6 +187,7 @@ class Trainer:
         self.evaluate_every, self.log_every = evaluate_every, log_every
         self.evaluation_batch_size = evaluation_batch_size
         self.sinks = sinks
+        self._scheduled = 0
         self.key = Key.root(seed)
         self.engine: Engine | Calls
         if isinstance(model, BlackBox):
@@ -188,20 +214,24 @@ class Trainer:
             step = spent = 0
             window, last = _Window(), {}
             scores: dict[str, float] = {}
-            for step in range(1, self._planned() + 1):
+            while self._affords(step, spent, plans):
+                step += 1
                 started = time.monotonic()
-                estimate, state, plans = self._estimate(step - 1, state, plans)
+                made, state, plans = self._estimate(step - 1, state, plans)
                 if self.engine.choice is not choice:
                     choice = self._choose()
                     stepped = {"engine.rung": choice.rung, "engine.reason": choice.reason}
                     self._log(step, spent, begun, stepped)
                 lr = self.optimizer.param_groups[0]["lr"]
-                square_norm = self._update(estimate)
-                spent += estimate.queries
-                window.add(estimate, square_norm, time.monotonic() - started)
+                square_norms = self._update(made.estimate)
+                feedback = made.feedback(square_norms)
+                plans = self.allocator.observe(made.plan, made.signals, feedback, plans)
+                spent += made.estimate.queries
+                self._reschedule(step, spent)
+                window.add(made.estimate, feedback.square_norm, time.monotonic() - started)
                 # What it holds goes before the next one is made.
-                del estimate
-                if step % self.log_every == 0 or step == self._planned():
+                del made
+                if step % self.log_every == 0 or not self._affords(step, spent, plans):
                     last = window.record()
                     self._log(step, spent, begun, {"lr": float(lr), **last})
                     window = _Window()
@@ -252,14 +282,15 @@ class Trainer:
             `memory_parts` (bytes by what takes them; the last three not at the same time),
             `queries_per_second` and the counts of a run.
         """
-        state, plans = self.estimator.init(self.engine.params), self.allocator.init()
-        step = -1
+        first = self.allocator.init()
+        state, step, plan = self.estimator.init(self.engine.params), -1, Plan.uniform(1, 1)
 
         def estimate() -> Estimate:
-            nonlocal step, state, plans
+            nonlocal step, state, plan
             step += 1
-            made, state, plans = self._estimate(step, state, plans)
-            return made
+            made, state, _ = self._estimate(step, state, first)
+            plan = made.plan
+            return made.estimate
 
         with self._mode(self.train_mode):
             choice = self._choose()
@@ -268,7 +299,6 @@ class Trainer:
             parts = (estimate, self.engine.params, self.optimizer)
             taken = counted(*parts, torch.device(self.device))
             speed = timed(*parts)
-            plan, _ = self._plan(0, self.allocator.init())
         evaluation = self._evaluation_bytes()
         top = max(taken.peak, evaluation)
         weights = weights_bytes(self.model)
@@ -285,7 +315,7 @@ class Trainer:
                 "evaluation": evaluation,
             },
             "queries_per_second": speed,
-            "queries_per_step": self.estimator.traits.queries(plan),
+            "queries_per_step": self._cost(first),
             "rows": self.batch_size,
             "directions": plan.directions,
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -295,11 +325,13 @@ class Trainer:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step: a pure function of (seed, epoch, step)."""
+        return self.data.train.batch(self.examples(step)).to(self.device)
+
+    def examples(self, step: int) -> Tensor:
+        """int64 [rows]: the numbers of the training rows of a step's batch."""
         per_epoch = len(self.data.train) // self.batch_size
         epoch, place = divmod(step, per_epoch)
-        order = self._order(epoch)
-        index = order[place * self.batch_size : (place + 1) * self.batch_size]
-        return self.data.train.batch(index).to(self.device)
+        return self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
 
     def _evaluation_bytes(self) -> int:
         """Of the pass over a batch of evaluation rows, from passes over few of them."""
@@ -320,10 +352,14 @@ class Trainer:
             self._ordered = (epoch, key.permutation(len(self.data.train)))
         return self._ordered[1]
 
-    def _estimate(self, step: int, state: Any, plans: Any) -> tuple[Estimate, Any, Any]:
-        key = self.key.fold("step").fold(step)
-        oracle = self._oracle(self.batch(step), key.fold("dropout"))
-        plan, plans = self._plan(step, plans)
+    def _estimate(self, step: int, state: Any, plans: Any) -> tuple[_Step, Any, Any]:
+        key, batch = self.key.fold("step").fold(step), self.batch(step)
+        oracle = self._oracle(batch, key.fold("dropout"))
+        keep = self.estimator.traits.needs is ActivationOracle
+        signals = read(self.allocator.signals, oracle, batch, self.examples(step), keep)
+        plan, plans = self.allocator.allocate(
+            len(batch), signals, plans, key=self.key.fold("plan").fold(step)
+        )
         estimate, state = self.estimator.estimate(
             oracle, oracle.params, state, key=key, plan=plan.to(self.device)
         )
@@ -331,21 +367,28 @@ class Trainer:
             raise NonFiniteError(
                 f"step {step + 1}: the loss is {float(estimate.loss)}; lower the learning rate."
             )
-        return estimate, state, plans
+        return _Step(replace(estimate, queries=oracle.queries), plan, signals), state, plans
 
-    def _oracle(self, batch: Batch, dropout: Key | None = None) -> LossOracle:
+    def _oracle(self, batch: Batch, dropout: Key | None = None) -> ModelOracle | CallableOracle:
         if isinstance(self.engine, Calls):
             return CallableOracle(self.engine.box, batch, self.objective)
         return ModelOracle(self.engine, batch, dropout)
 
-    def _plan(self, step: int, state: Any) -> tuple[Plan, Any]:
-        key = self.key.fold("plan").fold(step)
-        return self.allocator.allocate(self.batch_size, {}, state, key=key)
+    def _cost(self, plans: Any) -> int:
+        """Queries of the next step."""
+        pairs, signals = self.allocator.budget(self.batch_size, plans), self.allocator.signals
+        return self.estimator.traits.cost(self.batch_size, pairs, measured(signals))
+
+    def _affords(self, step: int, spent: int, plans: Any) -> bool:
+        if self.budget is None:
+            assert self.steps is not None
+            return step < self.steps
+        return spent + self._cost(plans) <= self.budget
 
     @torch.no_grad()
-    def _update(self, estimate: Estimate) -> float:
-        """One tensor at a time, so that one dense gradient is alive at once."""
-        square_norm = 0.0
+    def _update(self, estimate: Estimate) -> dict[str, float]:
+        """One tensor at a time, so that one dense gradient is alive at once; the squared norms."""
+        square_norms: dict[str, float] = {}
         for name, parameter in self.engine.params.items():
             grad = estimate.grad[name]
             square = float(torch.dot(grad.flatten(), grad.flatten()))
@@ -353,20 +396,27 @@ class Trainer:
                 raise NonFiniteError(
                     f"the gradient of {name} is not finite; lower the learning rate or raise sigma."
                 )
-            square_norm += square
+            square_norms[name] = square
             parameter.grad = grad.to(parameter.dtype)
             self.optimizer.step()
             parameter.grad = None
-        if self.schedule is not None:
+        return square_norms
+
+    def _reschedule(self, step: int, spent: int) -> None:
+        """Brings the schedule to where the run is, measured in what it has steps or queries for."""
+        if self.schedule is None:
+            return
+        due = step if self.budget is None else spent // self._cost(self.allocator.init())
+        while self._scheduled < due:
             self.schedule.step()
-        return square_norm
+            self._scheduled += 1
 
     def _planned(self) -> int:
+        """Steps of the run; where the allocator changes its budget, if it did not."""
         if self.steps is not None:
             return self.steps
-        plan, _ = self._plan(0, self.allocator.init())
         assert self.budget is not None
-        return self.budget // self.estimator.traits.queries(plan)
+        return self.budget // self._cost(self.allocator.init())
 
     def _choose(self) -> Choice:
         if self.engine.choice is None:
@@ -380,17 +430,11 @@ class Trainer:
     def _check_parts(self) -> None:
         oracle = self._oracle(Batch((), torch.zeros(1)))
         require(oracle, self.estimator.traits.needs, type(self.estimator).__name__)
-        unknown = sorted(self.allocator.signals)
-        if unknown:
-            raise UsageError(
-                f"{type(self.allocator).__name__} reads the signal {unknown[0]!r}, which the "
-                "trainer does not measure."
-            )
+        check_signals(type(self.allocator).__name__, self.allocator.signals)
         if self._planned() < 1:
-            plan, _ = self._plan(0, self.allocator.init())
             raise UsageError(
                 f"Trainer(queries={self.budget}) is less than one step, which takes "
-                f"{self.estimator.traits.queries(plan)} queries."
+                f"{self._cost(self.allocator.init())} queries."
             )
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         missed = [name for name, p in self.engine.params.items() if id(p) not in trained]
@@ -411,11 +455,10 @@ class Trainer:
         return _training(self.model, training)
 
     def _meta(self) -> dict[str, Any]:
-        plan, _ = self._plan(0, self.allocator.init())
         choice = self._choose()
         return {
             "steps": self._planned(),
-            "queries": self._planned() * self.estimator.traits.queries(plan),
+            "queries": self._planned() * self._cost(self.allocator.init()),
             "rows": self.batch_size,
             "parameters": sum(p.numel() for p in self.engine.params.values()),
             "rung": choice.rung,

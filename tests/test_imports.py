@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 INTERFACES = {
     f"fwdlearn.{name}"
     for name in (
-        *("estimator", "allocator", "oracle", "directions", "noise", "given", "products"),
+        *("estimator", "allocator", "counts", "oracle", "directions", "noise", "given", "products"),
         *("gradient", "keys", "errors"),
     )
 }

@@ -95,7 +95,7 @@ def test_finite_refuses_a_minority() -> None:
         (torch.tensor([1.0]), 1, "must be int64 [rows] with at least one row, got torch.float32"),
         (torch.tensor([[1]]), 1, "got torch.int64 (1, 1)."),
         (torch.tensor([], dtype=torch.int64), 1, "got torch.int64 (0,)."),
-        (torch.tensor([2, 0]), 1, "Plan(counts) must be at least 1, got 0."),
+        (torch.tensor([2, 0]), 1, "Plan(counts) must be at least 1, got 0; Plan.included"),
         (torch.tensor([2]), 0, "Plan(sharing) must be at least 1, got 0."),
     ],
 )
@@ -110,3 +110,38 @@ def test_to_keeps_the_numbers() -> None:
     moved = plan.to("meta")
     assert moved.row.device.type == moved.weight.device.type == "meta"
     assert moved.directions == plan.directions
+
+
+def test_rows_that_were_drawn_make_up_for_the_others() -> None:
+    probability = torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64)
+    plan = Plan.included(torch.tensor([2, 1, 0]), probability)
+    assert plan.row.tolist() == [0, 0, 1] and plan.direction.tolist() == [0, 1, 2]
+    assert plan.weight.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3])
+    assert plan.fewest == 1
+    moved = plan.to("meta")
+    assert moved.weight.device.type == "meta"
+    # What is not finite leaves the sum to the rest, each row with its own weight.
+    weight, dropped = plan.finite(torch.tensor([True, False, True]))
+    assert dropped == 1 and weight.tolist() == pytest.approx([2 / 3, 0, 1 / 3])
+    weight, _ = Plan.included(torch.tensor([2, 2, 0]), probability).finite(
+        torch.tensor([False, True, True, True]), least=2
+    )
+    assert weight.tolist() == pytest.approx([0, 0, 1 / 2, 1 / 2])
+
+
+def test_pooled_queries_weigh_alike() -> None:
+    plan = Plan.pooled(torch.tensor([1, 3]))
+    assert plan.weight.tolist() == [0.25] * 4
+    assert plan.row_weight is not None and plan.row_weight.tolist() == [0.25, 0.75]
+
+
+def test_row_weights_are_refused() -> None:
+    counts = torch.tensor([1, 0])
+    with pytest.raises(ValueError, match="positive where there are directions, and 0 where"):
+        Plan(counts, row_weight=torch.tensor([0.5, 0.5], dtype=torch.float64))
+    with pytest.raises(ValueError, match=re.escape("must be float64 [2], got torch.float32 (2,)")):
+        Plan(counts, row_weight=torch.tensor([0.5, 0.0]))
+    with pytest.raises(ValueError, match="must give some row a direction"):
+        Plan.included(torch.tensor([0, 0]), torch.ones(2))
+    with pytest.raises(ValueError, match=re.escape("must lie in (0, 1]")):
+        Plan.included(counts, torch.tensor([1.0, 0.0]))

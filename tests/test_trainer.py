@@ -11,12 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fwdlearn.allocators import Uniform
+from fwdlearn.allocator import Plan
+from fwdlearn.allocators import (
+    BernoulliAllocator,
+    ConfidenceSkip,
+    GaussianAllocator,
+    Neyman,
+    Uniform,
+)
+from fwdlearn.blackbox import BlackBox
 from fwdlearn.data import Data, DataInfo, Rows, digits
 from fwdlearn.errors import BackwardError, NonFiniteError, UsageError
 from fwdlearn.estimators import SPSA, RandomPerturbation
+from fwdlearn.keys import Key
 from fwdlearn.models import mlp
-from fwdlearn.objectives import cross_entropy, mean_squared_error, zero_one
+from fwdlearn.objectives import cross_entropy, mean_squared_error, returned, zero_one
 from fwdlearn.trainer import Trainer
 
 
@@ -119,11 +128,11 @@ def test_streaming_equals_one_step_with_all_gradients(optimizer: Any) -> None:
     streamed, whole = (trainer(optimizer=optimizer, lr=0.01) for _ in range(2))
     state = None
     for step in range(5):
-        estimate, state, _ = streamed._estimate(step, None, None)
-        streamed._update(estimate)
-        estimate, state, _ = whole._estimate(step, None, None)
+        made, state, _ = streamed._estimate(step, None, None)
+        streamed._update(made.estimate)
+        made, state, _ = whole._estimate(step, None, None)
         for name, parameter in whole.engine.params.items():
-            parameter.grad = estimate.grad[name]
+            parameter.grad = made.estimate.grad[name]
         whole.optimizer.step()
         whole.optimizer.zero_grad()
     assert torch.equal(weights(streamed.model), weights(whole.model))
@@ -316,3 +325,102 @@ def test_a_step_down_in_the_middle_is_reported() -> None:
     (said,) = [r for r in sink.records if "engine.rung" in r]
     assert said["engine.rung"] == summary["engine.rung"] == "sequential"
     assert "takes a parameter out of torch" in said["engine.reason"]
+
+
+class _Reads(Uniform):
+    """Uniform, but it reads signals and remembers them."""
+
+    signals = frozenset({"loss", "residual", "target", "example"})
+
+    def allocate(self, rows: int, signals: Any, state: Any, *, key: Key) -> tuple[Plan, Any]:
+        plan, _ = super().allocate(rows, signals, state, key=key)
+        return plan, {**signals}
+
+
+@pytest.mark.parametrize(
+    ("estimator", "queries"),
+    # The estimator's own clean pass is the one that the signals are read from.
+    [
+        (RandomPerturbation(), 8 * 5),
+        (SPSA(), 8 * 9),
+        (RandomPerturbation(0.1, "leave-one-out"), 40),
+    ],
+)
+def test_signals_come_from_one_clean_pass_that_is_counted(estimator: Any, queries: int) -> None:
+    run = trainer(estimator=estimator, allocator=_Reads(4), steps=3)
+    calls = [0]
+    run.model.register_forward_pre_hook(lambda module, args: calls.__setitem__(0, calls[0] + 1))
+    # The first step measures how much fits into a pass.
+    run._estimate(0, None, None)
+    calls[0] = 0
+    made, _, read = run._estimate(0, None, None)
+    assert calls[0] == 2, "one pass for the signals and one for all queries"
+    assert made.estimate.queries == queries == run._cost(None)
+    batch = run.batch(0)
+    output = run.model(*batch.args)
+    torch.testing.assert_close(read["loss"], cross_entropy(output, batch.targets))
+    unit = nn.functional.one_hot(batch.targets, 4)
+    torch.testing.assert_close(read["residual"], (output.softmax(1) - unit).norm(dim=1))
+    assert torch.equal(read["target"], batch.targets)
+    assert torch.equal(run.data.train.batch(read["example"]).args[0], batch.args[0])
+    assert run.train()["queries"] == 3 * queries
+
+
+def test_measuring_changes_no_bit_of_a_clean_baseline() -> None:
+    plain, reading = trainer(), trainer(allocator=_Reads(4))
+    assert plain.train()["queries"] == reading.train()["queries"]
+    assert torch.equal(weights(plain.model), weights(reading.model))
+
+
+def test_a_budget_counts_the_clean_pass() -> None:
+    summary = trainer(estimator=SPSA(), allocator=Neyman(4), queries=500).train()
+    assert summary["steps"] == 6 and summary["queries"] == 6 * 8 * 9
+
+
+def test_signals_follow_the_dropout_of_the_step() -> None:
+    data = tiny()
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+    run = trainer(model, data=data, allocator=_Reads(4), train_mode=True)
+    model.train()
+    oracle = run._oracle(run.batch(0), run.key.fold("step").fold(0).fold("dropout"))
+    _, _, read = run._estimate(0, None, None)
+    torch.testing.assert_close(read["loss"], oracle.losses(torch.arange(8)))
+
+
+@pytest.mark.parametrize(
+    "allocator",
+    [
+        Neyman(4),
+        Neyman(4, "loss"),
+        Neyman(4, "running"),
+        GaussianAllocator(4),
+        BernoulliAllocator(4),
+        ConfidenceSkip(4),
+    ],
+    ids=lambda allocator: repr(allocator)[:24],
+)
+def test_every_allocator_trains_and_repeats(allocator: Any) -> None:
+    runs = []
+    for _ in range(2):
+        run = trainer(allocator=allocator, steps=6)
+        assert run.train()["queries"] == 6 * 8 * 5
+        runs.append(weights(run.model))
+    assert torch.equal(*runs)
+
+
+def test_unknown_signals_are_refused() -> None:
+    class Peeks(Uniform):
+        signals = frozenset({"gradient"})
+
+    with pytest.raises(UsageError, match="reads the signal 'gradient', which the trainer does not"):
+        trainer(allocator=Peeks(4))
+
+
+def test_a_residual_of_losses_alone_is_refused() -> None:
+    box = BlackBox({"w": torch.ones(6)}, lambda params, rows: rows.args[0] @ params["w"])
+    data = Data(DataInfo("features", (6,), 4), tiny().train)
+    run = trainer(box, data=data, objective=returned, allocator=Neyman(4))
+    with pytest.raises(UsageError, match="the signal 'loss' needs neither"):
+        run.train()
+    run = trainer(box, data=data, objective=returned, allocator=Neyman(4, "loss"), steps=2)
+    assert run.train()["queries"] == 2 * 8 * 5

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine.ladder import Choice
+from fwdlearn.engine.measured import Measured
 from fwdlearn.engine.params import trainable
 from fwdlearn.engine.queries import Queries
 from fwdlearn.engine.sequential import perturbed_copy
@@ -118,11 +119,19 @@ class Calls:
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Losses [rows], and which rows came out right where outputs are those of classes."""
+        losses, output = self._clean(batch)
+        return losses, correct(output, batch.targets)
+
+    def measure(self, batch: Batch, residual: bool) -> Measured:
+        """A clean pass over the batch, in its order."""
+        losses, output = self._clean(batch)
+        return Measured.of(losses, [(output, batch.targets)]) if residual else Measured(losses)
+
+    def _clean(self, batch: Batch) -> tuple[Tensor, Tensor]:
         every = torch.arange(len(batch), device=batch.device)
         calls = [_Call(query, query) for query in self._portions(every)]
         output = torch.cat(self._answers(batch, None, calls))
-        losses = per_row(self.objective(output, batch.targets), len(batch))
-        return losses, correct(output, batch.targets)
+        return per_row(self.objective(output, batch.targets), len(batch)), output
 
     def _portions(self, query: Tensor) -> Sequence[Tensor]:
         return query.split(self.box.rows_per_call or max(1, len(query)))

@@ -20,6 +20,7 @@ from fwdlearn.directions import Directions
 from fwdlearn.engine import copies, sequential
 from fwdlearn.engine.blocks import Blocks
 from fwdlearn.engine.choice import Choice
+from fwdlearn.engine.measured import Measured
 from fwdlearn.engine.params import trainable
 from fwdlearn.engine.prefix import Still, Visits, once, stills
 from fwdlearn.engine.queries import Queries, masks
@@ -191,16 +192,36 @@ class Engine:
         output = self.model(*batch.args, **batch.kwargs)
         return self.row_losses(output, batch), correct(output, batch.targets)
 
+    def measure(self, batch: Batch, residual: bool, dropout: Key | None = None) -> Measured:
+        """A clean pass over the batch, in its order."""
+        dropout = dropout if self.model.training else None
+        if self.choice is None:
+            self.choose(batch, dropout)
+        row = torch.arange(len(batch), device=batch.device)
+        if not residual:
+            return Measured(self._plain(batch, row, dropout))
+        losses, pairs = [], []
+        for part in self._parts(batch, row):
+            output, rows = self._output(batch, part, dropout)
+            losses.append(self.row_losses(output, rows))
+            pairs.append((output, rows.targets))
+        return Measured.of(torch.cat(losses), pairs)
+
     def _plain(self, batch: Batch, row: Tensor, dropout: Key | None) -> Tensor:
-        mixing = sequential.mixes_rows(self.model)
-        parts = (row,) if mixing else row.split(self.block(batch))
+        parts = self._parts(batch, row)
         return torch.cat([self._clean(batch, part, dropout) for part in parts])
 
+    def _parts(self, batch: Batch, row: Tensor) -> Sequence[Tensor]:
+        mixing = sequential.mixes_rows(self.model)
+        return (row,) if mixing else row.split(self.block(batch))
+
     def _clean(self, batch: Batch, row: Tensor, dropout: Key | None) -> Tensor:
+        return self.row_losses(*self._output(batch, row, dropout))
+
+    def _output(self, batch: Batch, row: Tensor, dropout: Key | None) -> tuple[object, Batch]:
         rows = batch.select(row)
         with masks(dropout, row):
-            output = self.model(*rows.args, **rows.kwargs)
-        return self.row_losses(output, rows)
+            return self.model(*rows.args, **rows.kwargs), rows
 
     def _fold(self, queries: Queries, block: int | None = None) -> Tensor:
         together, order = queries.together()

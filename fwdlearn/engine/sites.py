@@ -22,6 +22,7 @@ from fwdlearn.batch import Batch
 from fwdlearn.engine import sequential
 from fwdlearn.engine.blocks import Blocks
 from fwdlearn.engine.local import PRODUCTS
+from fwdlearn.engine.measured import Measured
 from fwdlearn.engine.passes import Gradients, Pass
 from fwdlearn.engine.queries import masks
 from fwdlearn.engine.shifts import Shift, Shifting
@@ -63,6 +64,12 @@ class Clean:
     @cached_property
     def losses(self) -> Tensor:
         return torch.cat([part.losses for part in self.parts])
+
+    def measured(self, residual: bool) -> Measured:
+        """What the pass tells of each row."""
+        if not residual:
+            return Measured(self.losses)
+        return Measured.of(self.losses, [(part.output, part.rows.targets) for part in self.parts])
 
     @cached_property
     def rms(self) -> Mapping[str, Tensor]:

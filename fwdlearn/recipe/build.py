@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fwdlearn.allocator import Plan
 from fwdlearn.data import Data
 from fwdlearn.engine import trainable
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
@@ -19,6 +18,7 @@ from fwdlearn.models import Built
 from fwdlearn.recipe.component import Component
 from fwdlearn.recipe.load import Recipe
 from fwdlearn.recipe.source import Problem
+from fwdlearn.signals import measured
 from fwdlearn.sinks import Sink
 from fwdlearn.trainer import Trainer
 
@@ -147,8 +147,10 @@ def _steps(recipe: Recipe, estimator: Any, allocator: Any, rows: int) -> int:
     """How many steps the run takes."""
     if recipe.trainer.steps is not None:
         return recipe.trainer.steps
-    plan = Plan.uniform(min(recipe.trainer.batch_size, rows), allocator.directions)
-    return max(1, (recipe.trainer.queries or 0) // estimator.traits.queries(plan))
+    rows = min(recipe.trainer.batch_size, rows)
+    pairs = allocator.budget(rows, allocator.init())
+    cost = estimator.traits.cost(rows, pairs, measured(allocator.signals))
+    return max(1, (recipe.trainer.queries or 0) // cost)
 
 
 def _blame_trainer(error: Exception, recipe: Recipe) -> Problem:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwdlearn.allocator import Allocator, Plan
+from fwdlearn.allocator import Allocator, Feedback, Plan
 from fwdlearn.directions import Directions
 from fwdlearn.keys import Key
 from fwdlearn.testing.estimator_case import ROOT
@@ -29,10 +29,12 @@ BATCHES = (7, 1, 2, 64, 3)
 MEAN_REPEATS = 300
 # The fewer numbers there are, the less a gradient along random directions varies.
 FEW = {"w": (2,), "bias": ()}
+# Of these signals, whole numbers below the number of rows.
+WHOLE = ("example", "target")
 
 
 class Signals(Mapping[str, Tensor]):
-    """Positive float64 [rows] for every name; remembers the names that were read."""
+    """Positive float64 [rows] for every name, int64 for `WHOLE`; remembers what was read."""
 
     def __init__(self, rows: int, key: Key, make: Callable[[Tensor], Tensor] | None = None) -> None:
         self.read: set[str] = set()
@@ -43,7 +45,10 @@ class Signals(Mapping[str, Tensor]):
         self.read.add(name)
         if name not in self._given:
             values = numbers(self._key.fold(name), self._rows).square() + 0.01
-            self._given[name] = values if self._make is None else self._make(values)
+            if name in WHOLE:
+                self._given[name] = (100 * values).long() % self._rows
+            else:
+                self._given[name] = values if self._make is None else self._make(values)
         return self._given[name]
 
     def __contains__(self, name: object) -> bool:
@@ -71,25 +76,39 @@ class AllocatorCase:
         signals: Signals | None = None,
         **state: Any,
     ) -> tuple[Plan, Any]:
-        """One call from an odd state of the global generators."""
+        """The plan of one step, and the state after it, from an odd state of the global
+        generators."""
         disturb()
         allocator = fresh(self.allocator) if allocator is None else allocator
         signals = Signals(rows, key.fold("signals")) if signals is None else signals
         before = state["state"] if "state" in state else allocator.init()
-        return allocator.allocate(rows, signals, before, key=key)
+        plan, after = allocator.allocate(rows, signals, before, key=key)
+        after = allocator.observe(plan, signals, _feedback(plan, key), after)
+        return plan, after
+
+
+def _feedback(plan: Plan, key: Key, square_slope: Tensor | None = None) -> Feedback:
+    """Of a step that went well; a row without directions tells nothing."""
+    slopes = numbers(key.fold("slopes"), plan.rows).square() + 0.01
+    slopes = slopes if square_slope is None else square_slope
+    rows = {"square_slope": torch.where(plan.counts > 0, slopes, torch.nan)}
+    square, noise = (float(value) for value in numbers(key.fold("norms"), 2).square() + 0.01)
+    return Feedback(1.0, square + noise, {"w": square, "bias": noise}, noise, rows)
 
 
 ALLOCATOR_CHECKS: Suite[AllocatorCase] = Suite()
 _check = ALLOCATOR_CHECKS.check
 
 
-def _steps(case: AllocatorCase) -> Iterator[tuple[int, Plan]]:
-    """Plans of batches of several sizes, with the state going from one to the next."""
+def _steps(case: AllocatorCase) -> Iterator[tuple[int, Plan, int]]:
+    """Plans of batches of several sizes and the budgets that were announced for them, with the
+    state going from one to the next."""
     allocator = fresh(case.allocator)
     state = allocator.init()
     for step, rows in enumerate(BATCHES):
+        budget = allocator.budget(rows, state)
         plan, state = case.ask(rows, ROOT.fold(step), allocator=allocator, state=state)
-        yield rows, plan
+        yield rows, plan, budget
 
 
 def _differing(left: Plan, right: Plan) -> int:
@@ -102,20 +121,24 @@ def _differing(left: Plan, right: Plan) -> int:
 
 @_check("contract")
 def counts_are_whole_and_positive(case: AllocatorCase) -> Figure:
-    """int64, one count a row, at least 1, for batches of every size."""
+    """int64, one count a row, at least 1, for batches of every size; 0 only where rows are drawn
+    and the plan says with what weight."""
     wrong = 0
-    for rows, plan in _steps(case):
-        counts = plan.counts
-        wrong += counts.dtype != torch.int64 or counts.shape != (rows,) or int(counts.min()) < 1
+    for rows, plan, _ in _steps(case):
+        counts, least = plan.counts, int(plan.row_weight is None)
+        wrong += counts.dtype != torch.int64 or counts.shape != (rows,) or int(counts.min()) < least
     return Figure("plans of another form:", wrong)
 
 
 @_check("contract")
 def counts_sum_to_budget(case: AllocatorCase) -> Figure:
-    """The counts of a plan sum to rows * directions exactly."""
-    worst = 0
-    for rows, plan in _steps(case):
-        worst = max(worst, abs(int(plan.counts.sum()) - rows * case.allocator.directions))
+    """The counts of a plan sum to the announced budget exactly; that of the first step is rows *
+    directions."""
+    worst, first = 0, fresh(case.allocator)
+    for rows, plan, budget in _steps(case):
+        worst = max(worst, abs(int(plan.counts.sum()) - budget))
+        whole = rows * case.allocator.directions
+        worst = max(worst, abs(first.budget(rows, first.init()) - whole))
     return Figure("directions beyond or below the budget:", worst)
 
 
@@ -123,7 +146,7 @@ def counts_sum_to_budget(case: AllocatorCase) -> Figure:
 def directions_have_no_gaps(case: AllocatorCase) -> Figure:
     """The directions are 0, ..., `plan.directions` - 1, and no row gets one of them twice."""
     wrong = 0
-    for _, plan in _steps(case):
+    for _, plan, _ in _steps(case):
         wrong += plan.direction.unique().tolist() != list(range(plan.directions))
         pairs = torch.stack((plan.row, plan.direction), 1)
         wrong += len(pairs.unique(dim=0)) != len(pairs)
@@ -132,13 +155,18 @@ def directions_have_no_gaps(case: AllocatorCase) -> Figure:
 
 @_check("contract")
 def weights_follow_counts(case: AllocatorCase) -> Figure:
-    """Weights are 1 / (rows * count of the row), so they sum to 1."""
+    """Weights are 1 / (rows * count of the row), so they sum to 1. A row that was drawn by chance
+    may weigh more, and one that says that it re-weighs as it likes."""
     worst = 0.0
-    for rows, plan in _steps(case):
+    for rows, plan, _ in _steps(case):
         count = torch.bincount(plan.row, minlength=rows)
         exact = 1 / (rows * count[plan.row].double())
-        worst = max(worst, float((plan.weight / exact - 1).abs().max()))
-        worst = max(worst, abs(float(plan.weight.sum()) - 1))
+        if plan.row_weight is None:
+            worst = max(worst, float((plan.weight / exact - 1).abs().max()))
+        elif not case.allocator.reweights:
+            worst = max(worst, float((1 - plan.weight / exact).max()))
+        if plan.row_weight is None or case.allocator.reweights:
+            worst = max(worst, abs(float(plan.weight.sum()) - 1))
     return Figure("relative error of a weight", worst, 1e-12)
 
 
@@ -238,7 +266,8 @@ def state_survives(case: AllocatorCase) -> Figure:
 @_check("statistical")
 def mean_is_unchanged(case: AllocatorCase) -> Figure:
     """The mean of an estimate under its plans is the gradient of the mean loss: z-test on a linear
-    loss whose rows disagree, with exact slopes, and signals that tell how large each row's is."""
+    loss whose rows disagree, with exact slopes, and signals that tell how large each row's is. One
+    that re-weighs is held to the weights of its plans."""
     rows = 5
     problem = Linear.random(ROOT.fold("allocated"), rows, FEW)
     slopes = flatten(problem.gradients()) * (1 + torch.arange(rows).double()).unsqueeze(1)
@@ -251,7 +280,14 @@ def mean_is_unchanged(case: AllocatorCase) -> Figure:
         plan, state = allocator.allocate(rows, signals, state, key=plan_key)
         family = Directions(key, problem.params, plan.directions)
         z = flatten({name: family.dense(name, plan.direction) for name in problem.params})
-        grads.append((plan.weight * (slopes[plan.row] * z).sum(1)) @ z)
+        along = (slopes[plan.row] * z).sum(1)
+        grad = (plan.weight * along) @ z
+        if allocator.reweights and plan.row_weight is not None:
+            grad = grad - plan.row_weight @ slopes + slopes.mean(0)
+        grads.append(grad)
+        square = torch.zeros(rows).double().index_add(0, plan.row, along.square())
+        told = _feedback(plan, key, square / plan.counts)
+        state = allocator.observe(plan, signals, told, state)
     return mean_figure(torch.stack(grads), slopes.mean(0))
 
 
