@@ -157,8 +157,10 @@ def embedding(
     if max_norm is not None:
         raise TraceError("an embedding with max_norm writes into its weight")
     rows = call.rows(input)
-    if rows is None or not call.fold.is_made(weight):
+    if not call.fold.is_made(weight):
         return call.by_row()
+    if rows is None:
+        return _looked_up(call, input, weight) if call.use.outputs == (None,) else call.by_row()
     out = F.embedding(input, weight)
     y = rows.first(out, call.count)
     flat = rows.first(input, call.count).reshape(call.count, -1)
@@ -176,6 +178,24 @@ def embedding(
     else:
         y += (left @ thin.right.transpose(1, 2)).view(y.shape)
     return out
+
+
+def _looked_up(call: Call, input: Tensor, weight: Tensor) -> Tensor:
+    """What each point sees of the same entries, such as positions."""
+    plain, fold = F.embedding(input, weight), call.fold
+    varying = fold.grouped(weight)
+    if varying is None:
+        return plain
+    if varying.thin is None:
+        assert varying.delta is not None
+        delta = varying.delta[:, input]
+    else:
+        thin = varying.thin
+        scale = varying.scale[:, None, None] * thin.scale
+        left = thin.left[:, input.flatten()].to(varying.wide) * scale.to(varying.wide)
+        delta = left @ thin.right.to(varying.wide).transpose(1, 2)
+        delta = delta.view(len(delta), *plain.shape)
+    return fold.carry(plain, Varying(plain, varying.scale, delta=delta, group=varying.group))
 
 
 def _between(value: Tensor, dim: int) -> Tensor:

@@ -101,11 +101,14 @@ class Varying:
         """`x` [points, k, n] times the right factors and the scale: [points, k, rank]."""
         assert self.thin is not None
         right, (points, k, n) = self.thin.right, x.shape
-        if x.device.type == "cpu" and right.shape[-1] == 1 and k * n >= _ALONE:
+        wide = x.dtype in (torch.float32, torch.float64)
+        if wide and x.device.type == "cpu" and right.shape[-1] == 1 and k * n >= _ALONE:
             inner = x.new_empty(points, k)
             for point in range(points):
                 torch.mv(x[point], right[point, :, 0], out=inner[point])
             return inner.mul_(self._factor(x.dtype)[:, None]).unsqueeze(2)
+        if not wide:
+            return torch.bmm(x, right).mul_(self._factor(x.dtype)[:, None, None])
         # This way round a single column is as fast as memory; the other is a tenth of that.
         inner = torch.bmm(right.transpose(1, 2), x.transpose(1, 2))
         return inner.mul_(self._factor(x.dtype)[:, None, None]).transpose(1, 2)
@@ -127,16 +130,16 @@ class Varying:
         else:
             assert self.thin is not None
             inner, left = self.inner(x), self.thin.left.transpose(1, 2)
-        if left.shape[1] > 1:
+        if base is None and left.shape[1] == 1:
+            torch.mul(inner, left, out=out)
+        elif base is not None and out.dtype not in (torch.float32, torch.float64):
+            _product_on(base, inner, left, out)
+        elif left.shape[1] == 1:
+            torch.addcmul(base, inner, left, out=out)
+        else:
             torch.bmm(inner, left, out=out)
             if base is not None:
                 out += base
-        elif base is None:
-            torch.mul(inner, left, out=out)
-        elif base.dtype == out.dtype:
-            torch.addcmul(base, inner, left, out=out)
-        else:
-            out.copy_(torch.addcmul(base, inner.to(base.dtype), left.to(base.dtype)))
 
     def copied(self, point: int, matrix: Tensor) -> Tensor:
         """[n, m]: `matrix`, the transpose of the plain tensor, as one point sees it."""
@@ -156,3 +159,16 @@ class Varying:
         else:
             assert self.delta is not None
             out += x @ self.delta.to(x.dtype).transpose(1, 2)
+
+
+def _product_on(base: Tensor, inner: Tensor, left: Tensor, out: Tensor) -> None:
+    """Writes `base + inner @ left`, summed wide and rounded once.
+
+    What makes up the base becomes more rows of `left`: two where it is wider than `out`, the
+    second with what rounding takes from the first.
+    """
+    high = base.to(out.dtype)
+    pieces = [high] if base.dtype == out.dtype else [high, (base - high).to(out.dtype)]
+    rows = [piece.expand(len(left), 1, -1) for piece in pieces]
+    ones = inner.new_ones(()).expand(*inner.shape[:2], len(rows))
+    torch.bmm(torch.cat((inner, ones), 2), torch.cat((left, *rows), 1), out=out)
