@@ -206,7 +206,7 @@ class Trainer:
         Raises:
             NonFiniteError: losses or gradients are no longer finite.
         """
-        begun = time.monotonic()
+        begun, before = time.monotonic(), in_use_bytes(self.device)
         with self._mode(self.train_mode):
             choice = self._choose()
             self._tell("start", self._meta())
@@ -250,6 +250,7 @@ class Trainer:
             "train.loss": last.get("train.loss"),
             "eval.loss": scores.get("loss"),
             "eval.accuracy": scores.get("accuracy"),
+            "memory.start_bytes": before,
             "memory.peak_bytes": peak_bytes(self.device),
             "memory.weights_bytes": weights_bytes(self.model),
             "engine.rung": choice.rung,

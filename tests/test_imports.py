@@ -19,9 +19,9 @@ INTERFACES = {
 }
 ALGORITHMS = ("estimators", "allocators")
 # What stands above the frame: it may import the frame, never the other way.
-ABOVE = ("fwdlearn.recipe", "fwdlearn.cli", "fwdlearn.registry")
+ABOVE = ("fwdlearn.recipe", "fwdlearn.cli", "fwdlearn.compare", "fwdlearn.registry")
 # The modules that make up what stands above, and the program itself.
-UPPER = ("recipe", "cli", "registry.py", "__main__.py")
+UPPER = ("recipe", "cli", "compare", "registry.py", "__main__.py")
 
 
 def imported(path: Path) -> set[str]:

@@ -19,6 +19,7 @@ START, END = "<!-- table: `pytest --rewrite-golden` writes it -->\n", "<!-- end 
 SHORT = {
     "fwdlearn train quickstart trainer.steps=300 seed=1": ["trainer.steps=3"],
     "fwdlearn explain my.yaml": ["trainer.batch_size=8"],
+    "fwdlearn compare quickstart estimators=SPSA": ["trainer.steps=2", "seeds=0"],
 }
 
 
@@ -80,7 +81,7 @@ def test_the_example_of_an_own_estimator_conforms(tmp_path: Path) -> None:
 
 def test_the_commands_work(tmp_path: Path) -> None:
     commands = blocks("sh")[2].splitlines()
-    assert len(commands) == 7
+    assert len(commands) == 8
     for line in commands:
         words = shlex.split(line, comments=True)
         command = " ".join(words)

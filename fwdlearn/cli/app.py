@@ -64,6 +64,25 @@ def train(
 
 
 @app.command()
+def compare(
+    recipe: RecipeWord,
+    overrides: Overrides = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="Runs at a time; more than one blurs the seconds.")
+    ] = 1,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Train with several estimators, and backpropagation, at equal queries.
+
+    estimators=A,B names them; seeds=0,1,2 and lrs=1e-3,1e-2 say what each runs with, and
+    backprop=false leaves backpropagation out.
+    """
+    from fwdlearn.cli.comparing import compare as carry_out
+
+    raise typer.Exit(carry_out(recipe, overrides or (), jobs, quiet))
+
+
+@app.command()
 def validate(recipe: RecipeWord, overrides: Overrides = None) -> None:
     """Check a recipe and show it with every default filled in."""
     from fwdlearn.recipe.load import load_recipe

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fwdlearn.baselines import BaselineTrainer, is_baseline
 from fwdlearn.data import Data
 from fwdlearn.engine import trainable
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
@@ -67,7 +68,7 @@ def assemble(recipe: Recipe, sinks: Sequence[Sink] = ()) -> Assembly:
             )
     settings = recipe.trainer.model_dump() | {"device": device, "seed": recipe.seed}
     try:
-        trainer = Trainer(
+        trainer = (BaselineTrainer if is_baseline(made["estimator"]) else Trainer)(
             module,
             data,
             made["objective"],

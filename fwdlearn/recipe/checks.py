@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fwdlearn.baselines import ReverseOracle, is_baseline
 from fwdlearn.oracle import ModelOracle
 from fwdlearn.recipe.component import Component
 from fwdlearn.recipe.schema import Fixed
@@ -103,7 +104,8 @@ def _check_needs(component: Component, estimator: Any) -> list[Problem]:
         for name in vars(base)
         if not name.startswith("_")
     }
-    lacking = sorted(name for name in members if not hasattr(ModelOracle, name))
+    oracle = ReverseOracle if is_baseline(estimator) else ModelOracle
+    lacking = sorted(name for name in members if not hasattr(oracle, name))
     if not lacking:
         return []
     message = (

@@ -9,7 +9,7 @@ from typing import Any
 from fwdlearn.errors import MissingError, RecipeError
 from fwdlearn.recipe.component import Component, bind, check_form
 from fwdlearn.recipe.locate import COMPONENTS, GROUPS, read, recipe_name
-from fwdlearn.recipe.schema import Fixed, OutputSection, TrainerSection, check_fixed
+from fwdlearn.recipe.schema import CompareSection, Fixed, OutputSection, TrainerSection, check_fixed
 from fwdlearn.recipe.source import Path, Problem, Source, dotted
 from fwdlearn.recipe.text import dump
 from fwdlearn.registry import entries, suggest
@@ -47,6 +47,10 @@ class Recipe:
         return self.fixed.output
 
     @property
+    def compare(self) -> CompareSection:
+        return self.fixed.compare
+
+    @property
     def seed(self) -> int:
         return self.fixed.seed
 
@@ -68,6 +72,7 @@ class Recipe:
             "output": self.output.model_dump(),
             "tracking": {sink.name: sink.settings for sink in self.sinks},
             "seed": self.seed,
+            **({"compare": self.compare.model_dump()} if self.source.data.get("compare") else {}),
         }
 
     def to_yaml(self) -> str:

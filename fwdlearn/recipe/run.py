@@ -60,7 +60,7 @@ def train(recipe: Recipe, console: Console | None = None) -> tuple[dict[str, Any
     folder = _open(recipe)
     run = _Run(recipe, folder, console)
     try:
-        with _signals():
+        with stoppable():
             return run.carry_out(), folder.path
     except BaseException as error:
         run.record_failure(error)
@@ -165,7 +165,7 @@ def _open(recipe: Recipe) -> RunFolder:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """SIGINT and SIGTERM raise Interrupted; a second one meets the handlers of before."""
     if threading.current_thread() is not threading.main_thread():
         yield

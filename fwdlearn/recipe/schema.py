@@ -68,17 +68,80 @@ class OutputSection(_Section):
     )
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _method(value: Any) -> Any:
+    """One of `compare.estimators`, as a mapping; see `CompareSection`."""
+    if isinstance(value, str):
+        return {"name": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a name, or `name:` and arguments, got {shown(value)}")
+    for key, kind, what in (
+        ("name", str, "text"),
+        ("as", str, "text, what tables call it"),
+        ("with", dict, "settings of the recipe, such as {allocator.directions: 8}"),
+    ):
+        if key in value and not isinstance(value[key], kind):
+            raise ValueError(f"`{key}` must be {what}, got {shown(value[key])}")
+    for key in value.get("with", {}):
+        section = key.partition(".")[0]
+        if section in SAME or key in ("trainer.steps", "trainer.queries"):
+            raise ValueError(f"`with` cannot change {key}: methods are compared at the same one")
+    return value
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    if not values:
+        raise ValueError("must hold at least one")
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"has {shown(value)} twice; keep one")
+    return values
+
+
+class CompareSection(_Section):
+    """What `fwdlearn compare` trains; `train` passes over it.
+
+    An item of `estimators` is a name, or a mapping: `name` (the recipe's own estimator when left
+    out), its arguments, `as` (what tables call it) and `with` (settings of the recipe that differ
+    for it). The last two are words of Python, so no argument can have their names.
+    """
+
+    estimators: Annotated[
+        list[Annotated[Any, AfterValidator(_method)]], AfterValidator(_distinct)
+    ] = Field(default=[{}], description="what is compared; the recipe's own when not given")
+    seeds: Annotated[list[Seed], AfterValidator(_distinct)] = Field(
+        default=[0, 1, 2], description="of the runs of each method"
+    )
+    lrs: Annotated[list[Annotated[float, Field(gt=0)]], AfterValidator(_distinct)] | None = Field(
+        default=None, description="learning rates to try, the recipe's own when not given"
+    )
+    backprop: bool = Field(default=True, description="whether backpropagation runs beside them")
+
+
+SAME = ("model", "data", "seed", "output", "compare", "estimator")
+"""Sections that are no method's own."""
+
+
 class Fixed(_Section):
     """What a recipe holds beside its components."""
 
     trainer: TrainerSection
     output: OutputSection = OutputSection()
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    compare: CompareSection = CompareSection()
+    seed: Seed = 0
 
 
-_FIXED: dict[str, type[BaseModel]] = {"trainer": TrainerSection, "output": OutputSection}
+_FIXED: dict[str, type[BaseModel]] = {
+    "trainer": TrainerSection,
+    "output": OutputSection,
+    "compare": CompareSection,
+}
 REQUIRED = ("model", "data", "estimator", "optimizer", "trainer")
-SECTIONS = "model data objective estimator allocator optimizer trainer output tracking seed".split()
+SECTIONS = (
+    "model data objective estimator allocator optimizer trainer output tracking seed compare"
+).split()
 
 
 def check_fixed(data: dict[str, Any]) -> tuple[Fixed | None, list[Problem]]:
@@ -135,7 +198,8 @@ def _explain(error: Any, data: dict[str, Any]) -> Problem:
         return Problem(path, f"unknown key; {suggest(str(path[-1]), known)}", "key")
     value: Any = data
     for part in path:
-        value = value.get(part) if isinstance(value, dict) else value
+        if isinstance(part, int) or isinstance(value, dict):
+            value = value[part] if isinstance(part, int) else value.get(part)
     if error["type"] in ("model_type", "model_attributes_type"):
         return Problem(path, f"must be keys and values, got {shown(value)}")
     if error["type"] == "value_error":
@@ -147,5 +211,6 @@ def _explain(error: Any, data: dict[str, Any]) -> Problem:
 
 def _expected(path: Path) -> str:
     model = _FIXED[str(path[0])] if len(path) > 1 else Fixed
-    annotation = model.model_fields[str(path[-1])].annotation
-    return words(expressible(annotation)).removesuffix(" or null")
+    keys = [part for part in path if isinstance(part, str)]
+    expected = words(expressible(model.model_fields[keys[-1]].annotation)).removesuffix(" or null")
+    return expected.removeprefix("a list, each ") if isinstance(path[-1], int) else expected

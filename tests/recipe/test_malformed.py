@@ -24,7 +24,8 @@ trainer:
 """
 
 SECTIONS = (
-    "model, data, objective, estimator, allocator, optimizer, trainer, output, tracking, seed"
+    "model, data, objective, estimator, allocator, optimizer, trainer, output, tracking, seed, "
+    "compare"
 )
 CASES = {
     "empty": ("", ["1:1: empty; start from `fwdlearn cp quickstart my.yaml`"]),
