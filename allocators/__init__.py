@@ -5,9 +5,18 @@ if __name__ == "allocators":
         "import fwdlearn.allocators: under its bare name every class would exist twice"
     )
 
+from .adaptive import AdaptiveDirections, MeasuredSharing
 from .confidence_skip import ConfidenceSkip
 from .learned import BernoulliAllocator, GaussianAllocator
 from .neyman import Neyman
 from .uniform import Uniform
 
-__all__ = ["BernoulliAllocator", "ConfidenceSkip", "GaussianAllocator", "Neyman", "Uniform"]
+__all__ = [
+    "AdaptiveDirections",
+    "BernoulliAllocator",
+    "ConfidenceSkip",
+    "GaussianAllocator",
+    "MeasuredSharing",
+    "Neyman",
+    "Uniform",
+]

@@ -64,6 +64,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
             "GaussianAllocator",
             "BernoulliAllocator",
             "ConfidenceSkip",
+            "AdaptiveDirections",
+            "MeasuredSharing",
         )
     },
     "model": {name: f"fwdlearn.models:{name}" for name in ("mlp", "cnn", "vit", "transformers")},

@@ -49,7 +49,7 @@ def two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def parts(run: Trainer) -> tuple[Any, ...]:
     state, plans = run.estimator.init(run.engine.params), run.allocator.init()
     run._choose()
-    return lambda: run._estimate(0, state, plans)[0], run.engine.params, run.optimizer
+    return lambda: run._estimate(0, state, plans)[0].estimate, run.engine.params, run.optimizer
 
 
 @pytest.mark.parametrize(

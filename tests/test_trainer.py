@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fwdlearn.allocator import Plan
 from fwdlearn.allocators import (
+    AdaptiveDirections,
     BernoulliAllocator,
     ConfidenceSkip,
     GaussianAllocator,
@@ -424,3 +425,21 @@ def test_a_residual_of_losses_alone_is_refused() -> None:
         run.train()
     run = trainer(box, data=data, objective=returned, allocator=Neyman(4, "loss"), steps=2)
     assert run.train()["queries"] == 2 * 8 * 5
+
+
+def test_a_budget_that_changes_is_kept_and_the_schedule_follows_it() -> None:
+    rates = []
+
+    class Falling(AdaptiveDirections):
+        def allocate(self, *args: Any, **kwargs: Any) -> Any:
+            rates.append(run.optimizer.param_groups[0]["lr"])
+            return super().allocate(*args, **kwargs)
+
+    run = trainer(allocator=Falling(8, target=1e-6), queries=8 * 9 * 20, lr=1.0)
+    run.schedule = torch.optim.lr_scheduler.LinearLR(run.optimizer, 1.0, 0.0, run._planned())
+    summary = run.train()
+    # It falls from 8 directions to 1: more steps than planned, all within the budget.
+    assert run._planned() == 20 < summary["steps"]
+    assert 8 * 9 * 20 - 8 * 2 < summary["queries"] <= 8 * 9 * 20
+    assert rates[0] == 1.0 and 0 < rates[-1] < 0.06
+    assert rates == sorted(rates, reverse=True)
