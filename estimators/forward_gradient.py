@@ -152,7 +152,8 @@ class ForwardGradient(Estimator):
         loss = (weight * torch.where(weight > 0, losses, 0.0)).sum()
         if isinstance(self.guess, str):
             state = self._remember(state, grad)
-        return Estimate(grad, loss, oracle.queries - start, info), state
+        rows = {"square_slope": plan.square_slopes(slopes, weight)}
+        return Estimate(grad, loss, oracle.queries - start, info, rows), state
 
     def _guess(
         self, oracle: SlopeOracle, params: Mapping[str, Tensor], state: Any, key: Key

@@ -218,15 +218,5 @@ def _estimate(
         "coef_abs": slopes.abs().mean(),
         "nonfinite": torch.tensor(nonfinite),
     }
-    return Estimate(
-        grad, loss, queries, info, {"square_slope": _square(plan, weight, slopes, least)}
-    )
-
-
-def _square(plan: Plan, weight: Tensor, slopes: Tensor, least: int) -> Tensor:
-    """float64 [rows]: the mean squared slope of each row, nan where it has none."""
-    count, total = weight.new_zeros(2, plan.rows).unbind()
-    count = count.index_add(0, plan.row, (weight > 0).double())
-    total = total.index_add(0, plan.row, slopes.square())
-    # A baseline of n - 1 other losses adds the n-th part of their variance to that of a slope.
-    return total / count if least == 1 else total * (count - 1) / count.square()
+    rows = {"square_slope": plan.square_slopes(slopes, weight, least)}
+    return Estimate(grad, loss, queries, info, rows)

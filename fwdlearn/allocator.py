@@ -177,6 +177,23 @@ class Plan:
         weight = weight * (weight.sum() / weight[useful].sum())
         return torch.where(kept, weight[row] / left, 0.0), dropped
 
+    def square_slopes(self, slopes: Tensor, weight: Tensor, least: int = 1) -> Tensor:
+        """An estimate of each row's mean squared slope, nan where it has none.
+
+        Args:
+            slopes: float64 [pairs], 0 for what is left out.
+            weight: from `finite`.
+            least: what `finite` was given: 2 for slopes against the mean of the row's others.
+
+        Returns:
+            float64 [rows].
+        """
+        count, total = weight.new_zeros(2, self.rows).unbind()
+        count = count.index_add(0, self.row, (weight > 0).double())
+        total = total.index_add(0, self.row, slopes.square())
+        # A baseline of n - 1 other losses adds the (n - 1)-th part of their variance to a slope's.
+        return total / count if least == 1 else total * (count - 1) / count.square()
+
     def to(self, device: torch.device | str) -> Plan:
         """The same plan with its index vectors on `device`."""
         if self.counts.device == torch.device(device):
