@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fwdlearn.directions import Factors, LowRank
+from fwdlearn.directions import LowRank
 from fwdlearn.engine.queries import Queries
 from fwdlearn.engine.trace import Rows, TraceError, Use, opened, tensors, unchanged
 from fwdlearn.engine.varying import Varying
@@ -46,15 +45,10 @@ class Fold:
         self.cursor = 0
         group = queries.group
         self.scale = queries.scale[::group]
+        self.factors = queries.directions.at(queries.direction[::group])
         self._scales: dict[tuple[torch.dtype, float], Tensor] = {}
         # Tensors made of parameters alone, kept alive so that no other takes their id.
         self._made: dict[int, tuple[Tensor, Varying | None]] = {}
-
-    @cached_property
-    def factors(self) -> Factors:
-        """The directions of the points."""
-        queries = self.queries
-        return queries.directions.at(_slice(queries.direction[:: queries.group]))
 
     @property
     def rows(self) -> int:
@@ -169,17 +163,6 @@ class Fold:
             f"{getattr(func, '__name__', func)} takes a parameter where it did not when the "
             "model was traced"
         )
-
-
-def _slice(ids: Tensor) -> Tensor | slice:
-    """Consecutive numbers as a slice, which takes a view where a tensor takes a copy."""
-    # On a GPU to look would be to wait for it.
-    if ids.device.type != "cpu" or not len(ids):
-        return ids
-    first, stop = int(ids[0]), int(ids[-1]) + 1
-    if stop - first == len(ids) and torch.equal(ids, torch.arange(first, stop)):
-        return slice(first, stop)
-    return ids
 
 
 Rule = Callable[..., Any]
