@@ -45,11 +45,11 @@ def compare(recipe: str, overrides: Sequence[str], jobs: int, quiet: bool) -> in
 def _carry_out(comparison: Comparison, folder: RunFolder, jobs: int, quiet: bool) -> Results:
     every = runs(comparison, folder.path)
     todo = [run for run in every if not run.is_done(comparison.recipe.output.overwrite)]
-    folder.write_json(_RESULTS, as_json(summarise(comparison, (), {})))
+    facts = {k: v for k, v in environment(device_of(comparison.recipe)).items() if k != "argv"}
+    folder.write_json(_RESULTS, as_json(summarise(comparison, (), {}), facts))
     folder.write("recipe.yaml", comparison.recipe.to_yaml())
     for method in comparison.methods:
         folder.write(recipe_of(method, folder.path).name, method.recipe.to_yaml())
-    folder.write_json("env.json", environment(device_of(comparison.recipe)))
     ended = len(every) - len(todo)
     if ended and not quiet:
         typer.echo(f"{ended} of {len(every)} runs are there already")
@@ -66,7 +66,7 @@ def _carry_out(comparison: Comparison, folder: RunFolder, jobs: int, quiet: bool
     finally:
         # Also when it was interrupted: what has finished is not lost.
         results = summarise(comparison, every, failures)
-        folder.write_json(_RESULTS, as_json(results))
+        folder.write_json(_RESULTS, as_json(results, facts))
         folder.write("compare.md", as_markdown(results, _drawn(results, folder.path)))
     return results
 

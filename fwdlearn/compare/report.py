@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from fwdlearn.compare.results import Result, Results
 
-COLUMNS = (
-    "method",
-    "lr",
-    "score",
-    "of each seed",
-    "steps",
-    "queries",
-    "seconds",
-    "MiB",
-    "MiB more",
-)
+COLUMNS = tuple("method,lr,score,of each seed,steps,queries,seconds,MiB,MiB more".split(","))
 
 
 def rows(results: Results) -> list[tuple[str, ...]]:
@@ -88,7 +79,7 @@ def as_markdown(results: Results, plot: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_json(results: Results) -> dict[str, Any]:
+def as_json(results: Results, environment: Mapping[str, Any]) -> dict[str, Any]:
     """Everything, as plain values."""
     comparison, section = results.comparison, results.comparison.recipe.compare
     return {
@@ -100,6 +91,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "measure": results.measure,
         "notes": notes(results),
         "methods": [_method(result) for result in results.methods],
+        "environment": environment,
     }
 
 

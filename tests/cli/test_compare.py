@@ -74,6 +74,7 @@ def test_budgets_are_equal_and_every_run_ends_with_its_own(
     results = _results(compared[0])
     assert results["queries"] == 8 * 16 * 3
     methods = {method["label"]: method for method in results["methods"]}
+    assert {"fwdlearn", "python", "packages", "git_commit"} <= results["environment"].keys()
     assert list(methods) == ["RandomPerturbation", "wild", "SPSA", "backprop"]
     assert {label: method["queries_per_step"] for label, method in methods.items()} == {
         "RandomPerturbation": 48,
@@ -136,7 +137,6 @@ def test_the_report_says_what_is_compared(compared: tuple[Path, int, str]) -> No
     assert {entry.name for entry in folder.iterdir()} - {"compare.png"} == {
         "compare.json",
         "compare.md",
-        "env.json",
         "recipe.yaml",
         "recipe-RandomPerturbation.yaml",
         "recipe-SPSA.yaml",
