@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -262,14 +261,6 @@ def test_losses_that_are_not_finite_reach_the_estimator() -> None:
 def test_refusals(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()
-
-
-def test_the_page_about_black_boxes_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "black-box.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(compile(code, "black-box.md", "exec"), {})
-    # It starts at 0.32.
-    assert float(capsys.readouterr().out.split()[0]) < 0.05
 
 
 # --- training -------------------------------------------------------------------------------
