@@ -24,6 +24,7 @@ from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.forecast import counted, timed
 from fwdlearn.keys import Key
+from fwdlearn.local import learn_locally, local_rows
 from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
 from fwdlearn.oracle import ActivationOracle, ModelOracle, forbid_backward, require
 from fwdlearn.signals import check_signals, measured, read
@@ -226,7 +227,7 @@ class Trainer:
                 square_norms = self._update(made.estimate)
                 feedback = made.feedback(square_norms)
                 plans = self.allocator.observe(made.plan, made.signals, feedback, plans)
-                spent += made.estimate.queries
+                spent += made.estimate.queries + self._learn(step - 1)
                 self._reschedule(step, spent)
                 window.add(made.estimate, feedback.square_norm, time.monotonic() - started)
                 # What it holds goes before the next one is made.
@@ -378,7 +379,15 @@ class Trainer:
     def _cost(self, plans: Any) -> int:
         """Queries of the next step."""
         pairs, signals = self.allocator.budget(self.batch_size, plans), self.allocator.signals
-        return self.estimator.traits.cost(self.batch_size, pairs, measured(signals))
+        estimate = self.estimator.traits.cost(self.batch_size, pairs, measured(signals))
+        return estimate + local_rows(self.model, self.batch_size)
+
+    def _learn(self, step: int) -> int:
+        """Lets modules learn from the rows of a step; the queries that it took."""
+        if not local_rows(self.model, self.batch_size):
+            return 0
+        with self._mode(False), forbid_backward():
+            return learn_locally(self.model, self.batch(step))
 
     def _affords(self, step: int, spent: int, plans: Any) -> bool:
         if self.budget is None:

@@ -2,9 +2,20 @@
 
 from fwdlearn.models.built import Built
 from fwdlearn.models.cnn import cnn
+from fwdlearn.models.decorrelation import Decorrelation, decorrelated, fold_into_weights
 from fwdlearn.models.images import ImageProcessor
 from fwdlearn.models.mlp import mlp
 from fwdlearn.models.transformers import transformers
 from fwdlearn.models.vit import vit
 
-__all__ = ["Built", "ImageProcessor", "cnn", "mlp", "transformers", "vit"]
+__all__ = [
+    "Built",
+    "Decorrelation",
+    "ImageProcessor",
+    "cnn",
+    "decorrelated",
+    "fold_into_weights",
+    "mlp",
+    "transformers",
+    "vit",
+]

@@ -11,6 +11,7 @@ from fwdlearn.data.types import DataInfo
 from fwdlearn.errors import UsageError
 from fwdlearn.models.activation import activation_named
 from fwdlearn.models.built import Built, weights_from
+from fwdlearn.models.decorrelation import decorrelated
 
 
 class MLP(nn.Module):
@@ -34,6 +35,7 @@ def mlp(
     hidden: Sequence[int] = (64,),
     activation: str = "relu",
     bias: bool = True,
+    decorrelation: float | None = None,
     seed: int = 0,
 ) -> Built:
     """Builds a multilayer perceptron for features or images.
@@ -43,6 +45,8 @@ def mlp(
         hidden: width of each hidden layer, at least 1; empty for a linear model.
         activation: `relu`, `gelu`, `silu` or `tanh`.
         bias: whether the linear layers have biases.
+        decorrelation: size of a step of the layers that decorrelate the inputs of the linear ones
+            (1e-3 is a start), or None for no such layers.
         seed: of the weights, drawn as torch draws them for `nn.Linear`.
 
     Raises:
@@ -54,4 +58,7 @@ def mlp(
         raise UsageError(f"mlp(hidden=...) must hold widths of at least 1, got {list(hidden)!r}.")
     widths = [math.prod(info.shape), *hidden, info.outputs]
     with weights_from(seed):
-        return Built(MLP(widths, activation_named(activation, "mlp"), bias).eval())
+        model: nn.Module = MLP(widths, activation_named(activation, "mlp"), bias)
+        if decorrelation is not None:
+            model = decorrelated(model, decorrelation)
+        return Built(model.eval())

@@ -15,6 +15,7 @@ from fwdlearn.baselines import BaselineTrainer, is_baseline
 from fwdlearn.data import Data
 from fwdlearn.engine import trainable
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
+from fwdlearn.local import local_rows
 from fwdlearn.models import Built
 from fwdlearn.recipe.component import Component
 from fwdlearn.recipe.load import Recipe
@@ -61,7 +62,7 @@ def assemble(recipe: Recipe, sinks: Sequence[Sink] = ()) -> Assembly:
         optimizer = parts["optimizer"](params=_grouped(recipe, trainable(module)))
     schedule = None
     if "optimizer.schedule" in parts:
-        steps = _steps(recipe, made["estimator"], made["allocator"], len(data.train))
+        steps = _steps(recipe, made["estimator"], made["allocator"], module, len(data.train))
         with blaming(recipe, parts["optimizer.schedule"]):
             schedule = parts["optimizer.schedule"](
                 optimizer=optimizer, T_max=steps, total_steps=steps, total_iters=steps
@@ -144,13 +145,14 @@ def _objective(component: Component) -> Any:
     return partial(component.factory, **component.arguments)
 
 
-def _steps(recipe: Recipe, estimator: Any, allocator: Any, rows: int) -> int:
+def _steps(recipe: Recipe, estimator: Any, allocator: Any, module: nn.Module, rows: int) -> int:
     """How many steps the run takes."""
     if recipe.trainer.steps is not None:
         return recipe.trainer.steps
     rows = min(recipe.trainer.batch_size, rows)
     pairs = allocator.budget(rows, allocator.init())
     cost = estimator.traits.cost(rows, pairs, measured(allocator.signals))
+    cost += local_rows(module, rows)
     return max(1, (recipe.trainer.queries or 0) // cost)
 
 
