@@ -6,7 +6,14 @@ if __name__ == "estimators":
     )
 
 from .forward_gradient import ForwardGradient
+from .likelihood_ratio import LikelihoodRatio
 from .node_perturbation import ActivityNodePerturbation
 from .random_perturbation import SPSA, RandomPerturbation
 
-__all__ = ["SPSA", "ActivityNodePerturbation", "ForwardGradient", "RandomPerturbation"]
+__all__ = [
+    "SPSA",
+    "ActivityNodePerturbation",
+    "ForwardGradient",
+    "LikelihoodRatio",
+    "RandomPerturbation",
+]

@@ -101,7 +101,7 @@ class RandomPerturbation(Estimator):
                     "RandomPerturbation(baseline='leave-one-out') needs two directions a row or "
                     "more; raise the allocator's directions, or use baseline='clean'."
                 )
-            baseline, least, centre = _others(losses, valid, plan), 2, losses
+            baseline, least, centre = plan.others(losses, valid), 2, losses
         weight, nonfinite = plan.finite(valid, least)
         slopes = torch.where(weight > 0, (losses - baseline) / self.sigma, 0.0)
         loss = (weight * torch.where(weight > 0, centre, 0.0)).sum()
@@ -188,14 +188,6 @@ def _directions(
     scales = scales_of(type(estimator).__name__, estimator.scales, params)
     law, rank = estimator.law, estimator.rank
     return Directions(key, params, plan.directions, law, rank, scales)
-
-
-def _others(losses: Tensor, valid: Tensor, plan: Plan) -> Tensor:
-    """[pairs]: the mean loss of the same row's other valid pairs."""
-    kept = torch.where(valid, losses, 0.0)
-    total = kept.new_zeros(plan.rows).index_add_(0, plan.row, kept)
-    count = kept.new_zeros(plan.rows).index_add_(0, plan.row, valid.double())
-    return (total[plan.row] - kept) / (count[plan.row] - 1).clamp(min=1)
 
 
 def _estimate(

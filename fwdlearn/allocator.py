@@ -194,6 +194,18 @@ class Plan:
         # A baseline of n - 1 other losses adds the (n - 1)-th part of their variance to a slope's.
         return total / count if least == 1 else total * (count - 1) / count.square()
 
+    def others(self, losses: Tensor, valid: Tensor) -> Tensor:
+        """The mean loss of the same row's other valid pairs: a baseline that costs nothing.
+
+        Args:
+            losses: float64 [pairs].
+            valid: bool [pairs]; a row needs two that are.
+        """
+        kept = torch.where(valid, losses, 0.0)
+        total = kept.new_zeros(self.rows).index_add_(0, self.row, kept)
+        count = kept.new_zeros(self.rows).index_add_(0, self.row, valid.double())
+        return (total[self.row] - kept) / (count[self.row] - 1).clamp(min=1)
+
     def to(self, device: torch.device | str) -> Plan:
         """The same plan with its index vectors on `device`."""
         if self.counts.device == torch.device(device):

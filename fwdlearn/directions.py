@@ -198,7 +198,8 @@ class Directions:
 
     Args:
         key: names the family. The same key gives the same directions on any machine.
-        params: name -> tensor; only shapes, dtypes and devices are read.
+        params: name -> tensor; only shapes, dtypes and devices are read. Parameters of a model
+            that it lacks stay as they are in `losses()`.
         count: how many directions, numbered from 0.
         law: "rademacher" or "gaussian".
         rank: of the directions of matrices (at least 1), or None for independent entries.

@@ -104,6 +104,11 @@ class Noise(ABC):
             [n, *shape] of the dtype of `factor`.
         """
 
+    @property
+    def energy(self) -> float:
+        """Mean square of the score of an entry."""
+        return 1.0
+
     def size(self, name: str) -> float:
         """Size of the noise at a layer, relative to the rest."""
         return (self.scales or {}).get(name, 1.0)
@@ -180,6 +185,10 @@ class SiteNoise(Noise):
     @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(n for n in self.sites if self.only is None or n in self.only)
+
+    @property
+    def energy(self) -> float:
+        return 2.0 if self.law == Laplace.name else 1.0
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.sites[name].shape)
@@ -329,6 +338,9 @@ class NoiseSum(Mapping[str, Tensor]):
             sizes = torch.bincount(place).tolist()
             self._rounds[start, stop] = list(mine[order].split(sizes))
         return self._rounds[start, stop]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.noise.names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.noise.names)

@@ -54,6 +54,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "ActivityNodePerturbation": "fwdlearn.estimators:ActivityNodePerturbation",
         "RandomPerturbation": "fwdlearn.estimators:RandomPerturbation",
         "SPSA": "fwdlearn.estimators:SPSA",
+        "LikelihoodRatio": "fwdlearn.estimators:LikelihoodRatio",
         "ForwardGradient": "fwdlearn.estimators:ForwardGradient",
     },
     "allocator": {

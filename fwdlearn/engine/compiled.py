@@ -77,7 +77,8 @@ class Compiled:
         padded = _padded(queries)
         inputs = self._inputs(padded)
         shapes = tuple((value.shape, value.dtype) for value in inputs)
-        place = (padded.group, padded.directions.law, padded.directions.rank, shapes)
+        family = padded.directions
+        place = (padded.group, family.law, family.rank, tuple(family.sites), shapes)
         new = place not in self.graphs
         try:
             if new:

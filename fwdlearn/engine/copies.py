@@ -137,6 +137,9 @@ def _copies(params: Mapping[str, Tensor], points: Queries) -> dict[str, Tensor]:
     """Name -> [copies, *shape]: added in float32 (float64 for float64) and rounded once."""
     copies = {}
     for name, value in params.items():
+        if name not in points.directions.sites:
+            copies[name] = value.expand(len(points), *value.shape)
+            continue
         wide = torch.promote_types(value.dtype, torch.float32)
         scale = points.scale.to(wide).reshape(-1, *[1] * value.dim())
         step = points.directions.dense(name, points.direction).to(wide) * scale

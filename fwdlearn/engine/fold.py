@@ -112,6 +112,8 @@ class Fold:
         name = self.names.get(id(value))
         if name is None:
             return self._made.get(id(value), (None, None))[1]
+        if name not in self.queries.directions.sites:
+            return None
         group, wide = self.queries.group, torch.promote_types(value.dtype, torch.float32)
         factors = self.factors[name]
         if isinstance(factors, LowRank):
@@ -141,7 +143,8 @@ class Fold:
             left [rows, k, rank], right [rows, n, rank].
         """
         name = self.names.get(id(value))
-        if name is None or not self.queries.directions.sites[name].rank:
+        site = self.queries.directions.sites.get(name or "")
+        if name is None or site is None or not site.rank:
             return None
         group = self.queries.group
         thin = self.factors.picked(name, entries.reshape(len(entries) // group, -1))

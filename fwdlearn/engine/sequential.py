@@ -65,9 +65,15 @@ def run(
 def perturbed_copy(
     params: Mapping[str, Tensor], directions: Directions, direction: int, scale: float
 ) -> dict[str, Tensor]:
-    """`params + scale * E`, added in float32 (float64 for float64) and rounded once."""
+    """`params + scale * E`, added in float32 (float64 for float64) and rounded once.
+
+    A parameter that the family lacks is passed on as it is.
+    """
     copy = {}
     for name, value in params.items():
+        if name not in directions.sites:
+            copy[name] = value
+            continue
         ids = torch.tensor([direction], device=value.device)
         wide = torch.promote_types(value.dtype, torch.float32)
         step = directions.dense(name, ids)[0].to(wide)

@@ -9,7 +9,7 @@ all of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -158,23 +158,31 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and left.numpy().tobytes() == right.numpy().tobytes()
 
 
-def measured(family: Directions | Noise, number: Tensor, names: Iterable[str]) -> Tensor:
+def measured(family: Directions | Noise, number: Tensor, params: Mapping[str, Tensor]) -> Tensor:
     """[n, d]: what some directions of a family, or numbers of noise, add to the parameters."""
-    return flatten({name: family.dense(name, number) for name in names})
+    return flatten({name: _dense(family, name, number, params[name]) for name in params})
 
 
-def applied(family: Directions | Noise, number: Tensor, names: Iterable[str]) -> Tensor:
+def _dense(family: Directions | Noise, name: str, number: Tensor, like: Tensor) -> Tensor:
+    """Zeros where the family leaves a parameter alone."""
+    known = family.names if isinstance(family, Noise) else family.params
+    if name not in known:
+        return like.new_zeros(len(number), *like.shape)
+    return family.dense(name, number)
+
+
+def applied(family: Directions | Noise, number: Tensor, params: Mapping[str, Tensor]) -> Tensor:
     """[n, d]: the same as they enter a gradient, divided by their squared sizes.
 
     Noise enters by its score, which may be another number.
     """
     parts = {}
-    for name in names:
-        if isinstance(family, Noise):
+    for name, value in params.items():
+        if isinstance(family, Noise) and name in family.names:
             size = torch.tensor(1 / family.size(name), dtype=family.dtype(name))
             parts[name] = family.times(name, number, size.expand(len(number)), score=True)
         else:
-            sites = getattr(family, "sites", {})
+            sites = {} if isinstance(family, Noise) else getattr(family, "sites", {})
             scale = sites[name].scale if name in sites else 1.0
-            parts[name] = family.dense(name, number) / scale**2
+            parts[name] = _dense(family, name, number, value) / scale**2
     return flatten(parts)

@@ -101,6 +101,14 @@ class _Span:
     applied: Tensor
     rows: list[set[int]]
 
+    def mates(self, number: int, row: int) -> int:
+        """How many directions of a row have a part in a parameter that this one has a part in."""
+        seen = self.measured != 0
+        return sum(
+            row in users and bool((seen[number] & seen[other]).any())
+            for other, users in enumerate(self.rows)
+        )
+
     def slope_one(self, number: int) -> Tensor:
         """[d]: a gradient with slope 1 along that direction and 0 along all others."""
         return torch.linalg.pinv(self.measured)[:, number]
@@ -116,9 +124,9 @@ def _span(answer: Answer) -> _Span:
         family, number = asked.directions, asked.direction
         if family is None or number is None:
             continue
-        names = answer.oracle.params
+        params = answer.oracle.params
         vectors.append(
-            torch.cat([measured(family, number, names), applied(family, number, names)], 1)
+            torch.cat([measured(family, number, params), applied(family, number, params)], 1)
         )
         drawn = not isinstance(family, GivenDirections)
         rows.append(asked.row if drawn else torch.full_like(asked.row, -1))
@@ -154,7 +162,8 @@ def directions_measured_are_applied(case: EstimatorCase) -> Figure:
 @_check("metamorphic")
 def coefficients_are_weighted_slopes(case: EstimatorCase) -> Figure:
     """A random direction of slope one, for the row that asked about it, gets the coefficient
-    1 / (rows * directions of that row), whatever a baseline does to the others.
+    1 / (rows * directions of that row), whatever a baseline does to the others. Where directions
+    perturb some parameters alone, those of the same ones count.
 
     The losses are linear, with slopes made after the directions are known: along one of them the
     slope is one, along all others zero.
@@ -163,7 +172,6 @@ def coefficients_are_weighted_slopes(case: EstimatorCase) -> Figure:
         raise NotApplicable("its target is declared as biased")
     answer = case.ask(linear(), unequal())
     span, params = _span(answer), answer.oracle.params
-    asked = [sum(row in users for users in span.rows) for row in range(3)]
     # As well as the span allows: what lies outside it is the finding of the check before.
     limit = case.rounding + 10 * max(_residual(answer, span).values())
     worst = 0.0
@@ -174,6 +182,6 @@ def coefficients_are_weighted_slopes(case: EstimatorCase) -> Figure:
         slopes[sorted(users)] = span.slope_one(number)
         problem = Quadratic(params, slopes, torch.zeros(3, dtype=torch.float64))
         coefficient = float(span.coefficients(case.ask(problem, unequal()).flat)[number])
-        weight = sum(1 / (3 * asked[row]) for row in users)
+        weight = sum(1 / (3 * span.mates(number, row)) for row in users)
         worst = max(worst, abs(coefficient / weight - 1))
     return Figure("relative error of a coefficient", worst, limit)

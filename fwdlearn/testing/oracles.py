@@ -80,7 +80,7 @@ class FunctionOracle:
         values = {}
         for name, value in self.params.items():
             values[name] = value.expand(len(row), *value.shape)
-            if directions is not None and direction is not None:
+            if directions is not None and direction is not None and name in directions.params:
                 step = scales.to(value.dtype).reshape(-1, *[1] * value.dim())
                 values[name] = values[name] + step * directions.dense(name, direction)
         return self._answer(asked, self._function(values, row))

@@ -1,0 +1,89 @@
+"""Losses under noise against a baseline: what every estimator that asks for losses begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fwdlearn.allocator import Plan
+from fwdlearn.errors import UsageError
+
+BASELINES = ("clean", "leave-one-out", "antithetic")
+
+# (row, number, scale), each [queries] -> losses [queries].
+Ask = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Differences:
+    """Asks for noisy losses, compares them, and keeps count.
+
+    Args:
+        owner: name of the estimator, for errors.
+        sigma: scale of the noise.
+        baseline: one of `BASELINES`.
+        clean: the clean losses, [rows].
+        plan: which rows get which numbers of the noise.
+
+    Attributes:
+        nonfinite: queries dropped so far.
+    """
+
+    owner: str
+    sigma: float
+    baseline: str
+    clean: Tensor
+    plan: Plan
+    nonfinite: int = 0
+    _sizes: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.clean = self.clean.double()
+        if self.baseline == "leave-one-out" and int(self.plan.counts.min()) < 2:
+            raise UsageError(
+                f"{self.owner}(baseline='leave-one-out') needs two directions a row or more; "
+                "raise the allocator's directions, or use baseline='clean'."
+            )
+
+    def coefficients(self, ask: Ask) -> Tensor:
+        """float64 [pairs]: weight of the plan times difference over sigma; 0 where not finite."""
+        plan, least, each = self.plan, 1, 1
+        row, number, clean = plan.row, plan.direction, self.clean[plan.row]
+        scale = torch.full((len(plan),), self.sigma, dtype=torch.float64, device=row.device)
+        if self.baseline == "antithetic":
+            # The two sides of a pair are of one row and stay adjacent: they run in one block.
+            row, number, each = row.repeat_interleave(2), number.repeat_interleave(2), 2
+            scale = torch.stack((scale, -scale), 1).flatten()
+            up, down = ask(row, number, scale).double().view(-1, 2).unbind(1)
+            valid = up.isfinite() & down.isfinite() & clean.isfinite()
+            slopes = (up - down) / (2 * self.sigma)
+        else:
+            losses = ask(row, number, scale).double()
+            valid, baseline = losses.isfinite() & clean.isfinite(), clean
+            if self.baseline == "leave-one-out":
+                baseline, least = plan.others(losses, valid), 2
+            slopes = (losses - baseline) / self.sigma
+        weight, dropped = plan.finite(valid, least)
+        self.nonfinite += each * dropped
+        slopes = torch.where(weight > 0, slopes, 0.0)
+        self._sizes.append(slopes.abs().mean())
+        return weight * slopes
+
+    def mean_over_rows(self, values: Tensor) -> Tensor:
+        """Values of rows, [rows, ...], over the number of rows; 0 where the loss is not finite."""
+        kept = self.clean.isfinite()
+        shape = (-1, *[1] * (values.dim() - 1))
+        return torch.where(kept.view(shape), values, 0.0) / kept.sum()
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean of the clean losses that are finite."""
+        return self.mean_over_rows(self.clean).sum()
+
+    @property
+    def size(self) -> Tensor:
+        """Mean size of the differences over sigma."""
+        return torch.stack(self._sizes).mean() if self._sizes else self.clean.new_zeros(())
