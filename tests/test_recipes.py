@@ -25,6 +25,13 @@ SHORT = {
         "trainer.steps=3",
         "trainer.batch_size=8",
     ],
+    "fashion-mnist-cnn": [
+        f"data.path={FASHION}",
+        "data.train_rows=64",
+        "data.evaluation_rows=32",
+        "trainer.steps=3",
+        "trainer.batch_size=8",
+    ],
     "movie-reviews-minilm": [
         f"data.path={SHARED}",
         "data.train_rows=64",

@@ -12,6 +12,7 @@ from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions, Factors
 from fwdlearn.engine import Engine, rules
 from fwdlearn.engine.blocks import Blocks
+from fwdlearn.errors import UsageError
 from fwdlearn.keys import Key
 
 from .models import CASES, Case, built, cross_entropy, series, tokens
@@ -48,6 +49,31 @@ def test_fold_equals_sequential(name: str, dtype: torch.dtype) -> None:
         assert ((reference - clean).abs() > 100 * TOLERANCE[dtype] * clean).all() or (
             dtype == torch.float32 and ((reference - clean).abs() > 1e-5).all()
         )
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_parameters_that_a_family_lacks_stay_as_they_are(name: str) -> None:
+    """Every other one is left out; those that are there move as in the family of all of them."""
+    case, model = CASES[name], built(name)
+    batch, scale = case.batch(6).to("cpu", torch.float64), torch.full((len(ROW),), 0.02).double()
+    losses = []
+    for rung in ("fold", "copies", "sequential"):
+        engine = Engine(model, case.objective, rung=rung)
+        try:
+            with torch.inference_mode():
+                engine.choose(batch)
+        except UsageError:
+            # Not every model runs under vmap.
+            assert rung == "copies"
+            continue
+        some = dict(list(engine.params.items())[::2])
+        family = Directions(Key.root(1), some, 10)
+        with torch.inference_mode():
+            losses.append(engine.losses(batch, ROW, family, DIRECTION, scale))
+            clean = engine.losses(batch, ROW)
+    for one in losses[1:]:
+        torch.testing.assert_close(losses[0], one, rtol=1e-10, atol=0)
+    assert (losses[0] != clean).any()
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -21,6 +21,7 @@ FACTORIES: list[tuple[Callable[..., Built], dict[str, Any]]] = [
     (mlp, {"hidden": [16, 8], "activation": "tanh"}),
     (cnn, {}),
     (cnn, {"channels": [4, 4, 4, 4, 4, 4], "kernel_size": 5}),
+    (cnn, {"channels": [4, 6], "kernel_size": 5, "stride": 2, "hidden": [7, 5]}),
     (vit, {"depth": 2}),
     (vit, {"depth": 1, "pool": "class", "patch": 2, "hidden": 24}),
 ]
@@ -65,6 +66,8 @@ def test_regression_outputs() -> None:
         (lambda: cnn(FEATURES), "cnn reads images, not features; mlp reads features"),
         (lambda: cnn(IMAGES, channels=[]), r"cnn\(channels=...\) must hold one or more numbers"),
         (lambda: cnn(IMAGES, kernel_size=4), r"cnn\(kernel_size=...\) must be odd and positive"),
+        (lambda: cnn(IMAGES, stride=0), r"cnn\(stride=...\) must be at least 1, got 0"),
+        (lambda: cnn(IMAGES, hidden=[0]), r"cnn\(hidden=...\) must hold widths of at least 1"),
         (lambda: vit(TEXT), "vit reads images, not text"),
         (lambda: vit(IMAGES, patch=3), "the image's 8 x 8 pixels, got 3; 1, 2, 4, 8 would"),
         (lambda: vit(IMAGES, width=30), r"vit\(width=...\) must be a multiple of heads=4, got 30"),
