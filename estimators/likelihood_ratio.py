@@ -161,14 +161,15 @@ class LikelihoodRatio(Estimator):
             total = NoiseSum(noise, plan.row, plan.direction, coefficients, plan.rows)
             sums.append(MeasuredSum(total, plan))
             variance += sums[-1].variance(state.gains)
-        exact = {name: differences.mean_over_rows(value) for name, value in head.items()}
+        exact = {name: differences.weighted(value) for name, value in head.items()}
         grads.append(clean.gather(ChainMap(exact, *sums)))  # type: ignore[arg-type]
         grads.append({name: torch.zeros_like(value) for name, value in params.items()})
         info = {"coef_abs": differences.size, "nonfinite": torch.tensor(differences.nonfinite)}
         if plan.sharing == 1 and self.law != "sobol":
             info["variance"] = variance
         grad: Mapping[str, Tensor] = ChainMap(*grads)  # type: ignore[arg-type]
-        estimate = Estimate(grad, differences.loss, oracle.queries - start, info)
+        queries, rows = oracle.queries - start, differences.rows
+        estimate = Estimate(grad, differences.loss, queries, info, rows)
         return estimate, state.measured(sums)
 
     def _divided(

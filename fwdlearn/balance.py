@@ -144,10 +144,13 @@ class MeasuredSum(Mapping[str, Tensor]):
         the squares. Not a number where no row has two queries.
         """
         plan, total = self.plan, self.total
-        square = torch.zeros(plan.rows, dtype=torch.float64, device=total.row.device)
+        square, weight, count = torch.zeros(
+            3, plan.rows, dtype=torch.float64, device=total.row.device
+        )
         square.index_add_(0, total.row, total.coefficients.double().square())
-        count = torch.bincount(total.row, minlength=plan.rows).double()
-        pairs = plan.rows**2 * count / (count - 1).clamp(min=1)
+        weight.index_add_(0, total.row, plan.weight)
+        count.index_add_(0, total.row, torch.ones_like(plan.weight))
+        pairs = count / (count - 1).clamp(min=1) / weight.square().clamp(min=1e-300)
         found = []
         for name in total:
             products = pairs * (self._squares[name] - square * self._energy(name))

@@ -39,10 +39,11 @@ class Differences:
     plan: Plan
     nonfinite: int = 0
     _sizes: list[Tensor] = field(default_factory=list)
+    _squares: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.clean = self.clean.double()
-        if self.baseline == "leave-one-out" and int(self.plan.counts.min()) < 2:
+        if self.baseline == "leave-one-out" and self.plan.fewest < 2:
             raise UsageError(
                 f"{self.owner}(baseline='leave-one-out') needs two directions a row or more; "
                 "raise the allocator's directions, or use baseline='clean'."
@@ -70,20 +71,30 @@ class Differences:
         self.nonfinite += each * dropped
         slopes = torch.where(weight > 0, slopes, 0.0)
         self._sizes.append(slopes.abs().mean())
+        self._squares.append(plan.square_slopes(slopes, weight, least))
         return weight * slopes
 
-    def mean_over_rows(self, values: Tensor) -> Tensor:
-        """Values of rows, [rows, ...], over the number of rows; 0 where the loss is not finite."""
-        kept = self.clean.isfinite()
+    def weighted(self, values: Tensor) -> Tensor:
+        """Values of rows, [rows, ...], times the rows' weights; 0 where the loss is not finite."""
+        kept, weight = self.clean.isfinite(), self.plan.row_weight
+        if weight is None:
+            weight = torch.full_like(self.clean, 1 / self.plan.rows)
+        weight = weight.to(kept.device)
+        weight = torch.where(kept, weight * (weight.sum() / weight[kept].sum()), 0.0)
         shape = (-1, *[1] * (values.dim() - 1))
-        return torch.where(kept.view(shape), values, 0.0) / kept.sum()
+        return torch.where(kept.view(shape), values, 0.0) * weight.view(shape).to(values.dtype)
 
     @property
     def loss(self) -> Tensor:
         """The mean of the clean losses that are finite."""
-        return self.mean_over_rows(self.clean).sum()
+        return self.weighted(self.clean).sum()
 
     @property
     def size(self) -> Tensor:
         """Mean size of the differences over sigma."""
         return torch.stack(self._sizes).mean() if self._sizes else self.clean.new_zeros(())
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """What `Estimate.rows` tells: layers perturbed apart make up one direction."""
+        return {"square_slope": torch.stack(self._squares).sum(0)} if self._squares else {}
