@@ -13,13 +13,16 @@ from fwdlearn.engine import dual_generic as kinds
 from fwdlearn.engine import dual_norms as norms
 from fwdlearn.engine import dual_ops as ops
 from fwdlearn.engine import dual_private as private
+from fwdlearn.engine import dual_quantized as quantized
 from fwdlearn.engine import dual_weights as weights
 from fwdlearn.engine.dual import Rule, writes
 from fwdlearn.engine.dual_attention import attention
+from fwdlearn.engine.quantized import quantized_linear
 
 # Known as a whole, on parameters whose tangents differ from row to row too.
 _WEIGHTS: Mapping[Any, Rule] = {
     F.linear: weights.linear,
+    quantized_linear: quantized.rule,
     torch.matmul: weights.matmul,
     torch.mm: weights.matmul,
     Tensor.matmul: weights.matmul,

@@ -59,7 +59,7 @@ def _product(call: Call, x: Tensor, weight: Tensor, leaf: Leaf | None, bias: Ten
         seen, into = first(x, rows, call.count), first(tangent, rows, call.count, lead=1)
     else:
         seen, into = x.unsqueeze(0), tangent.unsqueeze(1)
-    filled = _thin(into, seen.to(out.dtype), leaf, shift)
+    filled = thin(into, seen.to(out.dtype), leaf, shift)
     if dx is not None:
         flat, wide = tangent.view(-1, out.shape[-1]), dx.reshape(-1, dx.shape[-1]).to(out.dtype)
         # Accumulated by the product itself: one sweep over the tangents less.
@@ -67,7 +67,7 @@ def _product(call: Call, x: Tensor, weight: Tensor, leaf: Leaf | None, bias: Ten
     return call.carry(out, tangent)
 
 
-def _thin(into: Tensor, x: Tensor, leaf: Leaf | None, shift: Leaf | None) -> bool:
+def thin(into: Tensor, x: Tensor, leaf: Leaf | None, shift: Leaf | None) -> bool:
     """Writes what weight and bias contribute; False where neither moves.
 
     Args:

@@ -79,7 +79,9 @@ class Jvp:
             return self.row_losses(output, rows)
 
         def push(*tangents: Tensor) -> Any:
-            return jvp(losses, tuple(self.params.values()), tangents)
+            # A derivative needs memory of its own for every entry; virtual weights have none.
+            primals = tuple(value.contiguous() for value in self.params.values())
+            return jvp(losses, primals, tangents)
 
         plain, slopes = None, []
         for ids in some.direction.split(self.together):

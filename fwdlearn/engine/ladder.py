@@ -7,13 +7,15 @@ on a rung and on the last one, and steps down when they disagree; it says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
@@ -23,6 +25,7 @@ from fwdlearn.engine.choice import Choice
 from fwdlearn.engine.measured import Measured
 from fwdlearn.engine.params import trainable
 from fwdlearn.engine.prefix import Still, Visits, once, stills
+from fwdlearn.engine.quantized import Quantized
 from fwdlearn.engine.queries import Queries, masks
 from fwdlearn.engine.rules import RULES
 from fwdlearn.engine.sites import Activations
@@ -57,9 +60,13 @@ class Engine:
             device busy.
         compile: whether folded passes run as compiled graphs: True for `torch.compile`'s own
             compiler, or the name of one of its backends. Losses differ by rounding.
+        virtual: patterns of weights of quantised layers, `<layer>.weight`, that are perturbed too.
+            They are among `params` as zeros of the right shape: their estimates are those of the
+            dequantised matrix, and no update can be written into integers.
 
     Raises:
-        UsageError: `rung` or `compile` is unknown, or nothing is trainable.
+        UsageError: `rung` or `compile` is unknown, a pattern matches nothing, or there is nothing
+            to perturb.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class Engine:
         rung: str = "auto",
         memory_budget: int | None = None,
         compile: bool | str = False,
+        virtual: Sequence[str] = (),
     ) -> None:
         if compile not in _BACKENDS:
             names = ", ".join(repr(name) for name in _BACKENDS)
@@ -79,7 +87,11 @@ class Engine:
         if memory_budget is not None and memory_budget < 1:
             raise UsageError(f"memory_budget must be positive (bytes), got {memory_budget}.")
         self.model, self.objective = model, objective
-        self.params: Mapping[str, nn.Parameter] = trainable(model)
+        trained = trainable(model, required=not virtual)
+        self.quantized = Quantized(model, trained, virtual)
+        self.params: Mapping[str, nn.Parameter] = dict(
+            sorted({**trained, **self.quantized.weights}.items())
+        )
         self.wanted, self.memory_budget = rung, memory_budget
         self.blocks = Blocks(memory_budget)
         self.choice: Choice | None = None
@@ -95,7 +107,8 @@ class Engine:
             from fwdlearn.engine.compiled import Compiled
 
             backend = compile if isinstance(compile, str) else "inductor"
-            self.compiled = Compiled(model, self.params, self.row_losses, backend)
+            with self.quantized.shown():
+                self.compiled = Compiled(model, self.params, self.row_losses, backend)
 
     @cached_property
     def activations(self) -> Activations:
@@ -107,6 +120,24 @@ class Engine:
         """Exact slopes, with a choice of rungs and events of their own."""
         return Slopes(self.model, self.params, self.row_losses, memory_budget=self.memory_budget)
 
+    @contextmanager
+    def shown(self, batch: Batch, dropout: Key | None) -> Iterator[None]:
+        """Within, quantised layers are as the passes need them; see `Quantized`."""
+
+        def run() -> Tensor:
+            row = torch.arange(min(2, len(batch)), device=batch.device)
+            rows, state = batch.select(row), {}
+            if sequential.mixes_rows(self.model):
+                # What a pass writes on the running statistics must leave no trace.
+                state = {name: value.clone() for name, value in self.model.named_buffers()}
+            with masks(dropout, row):
+                output = functional_call(self.model, state, rows.args, dict(rows.kwargs))
+            return self.row_losses(output, rows)
+
+        self.quantized.check(run)
+        with self.quantized.shown():
+            yield
+
     def slopes(
         self,
         batch: Batch,
@@ -117,7 +148,8 @@ class Engine:
     ) -> tuple[Tensor, Tensor]:
         """Losses [queries] and slopes [queries]; see `SlopeOracle.slopes`."""
         dropout = dropout if self.model.training else None
-        return self.exact(batch, row, directions, direction, dropout)
+        with self.shown(batch, dropout):
+            return self.exact(batch, row, directions, direction, dropout)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,7 +160,10 @@ class Engine:
     def block(self, batch: Batch) -> int:
         """Rows of one plain pass; see `Blocks`."""
         dropout = Key.root(0) if self.model.training else None
-        return self.blocks.plain(batch, lambda row: self._clean(batch, row, dropout), self._widest)
+        with self.shown(batch, dropout):
+            return self.blocks.plain(
+                batch, lambda row: self._clean(batch, row, dropout), self._widest
+            )
 
     def losses(
         self,
@@ -143,10 +178,15 @@ class Engine:
         dropout = dropout if self.model.training else None
         if self.choice is None:
             self.choose(batch, dropout)
-        if directions is None or direction is None:
-            return self._plain(batch, row, dropout)
-        scale = torch.as_tensor(scale, dtype=torch.float64, device=row.device).expand(len(row))
-        queries = Queries(batch, row, directions, direction, scale, dropout)
+        with self.shown(batch, dropout):
+            if directions is None or direction is None:
+                return self._plain(batch, row, dropout)
+            scale = torch.as_tensor(scale, dtype=torch.float64, device=row.device)
+            scale = scale.expand(len(row))
+            return self._perturbed(Queries(batch, row, directions, direction, scale, dropout))
+
+    def _perturbed(self, queries: Queries) -> Tensor:
+        batch, dropout = queries.batch, queries.dropout
         assert self.choice is not None
         if self.choice.rung == "fold":
             try:
@@ -171,15 +211,16 @@ class Engine:
     def choose(self, batch: Batch, dropout: Key | None = None) -> Choice:
         """Settles on a rung: the first that equals the reference on rows of `batch`."""
         dropout = dropout if self.model.training else None
-        if self.wanted == "sequential":
-            self._settle(Choice("sequential", "asked for"))
-        elif sequential.mixes_rows(self.model):
-            mixing = "batch normalisation in training mode mixes the rows of the batch"
-            self._step_down(batch, dropout, (), {"fold": mixing})
-        else:
-            # An error of the model's own is no reason to step down.
-            self._clean(batch, torch.arange(1, device=batch.device), dropout)
-            self._step_down(batch, dropout, RUNGS[:-1])
+        with self.shown(batch, dropout):
+            if self.wanted == "sequential":
+                self._settle(Choice("sequential", "asked for"))
+            elif sequential.mixes_rows(self.model):
+                mixing = "batch normalisation in training mode mixes the rows of the batch"
+                self._step_down(batch, dropout, (), {"fold": mixing})
+            else:
+                # An error of the model's own is no reason to step down.
+                self._clean(batch, torch.arange(1, device=batch.device), dropout)
+                self._step_down(batch, dropout, RUNGS[:-1])
         assert self.choice is not None
         return self.choice
 

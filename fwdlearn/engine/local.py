@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import grad
 
 from fwdlearn.engine.fold import replaced
+from fwdlearn.engine.quantized import quantized_linear
 from fwdlearn.engine.trace import tensors
 
 Pull = Callable[[Tensor], Tensor]
@@ -122,6 +123,12 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Produc
         (weight, lambda c: _flat(c, c).T @ _flat(input, c)),
         (bias, lambda c: _flat(c, c).sum(0)),
     ]
+
+
+def _quantized(
+    input: Tensor, inner: Any, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Product:
+    return [] if weight is bias else _linear(input, weight, bias)  # type: ignore[arg-type]
 
 
 def _matmul(input: Tensor, other: Tensor) -> Product:
@@ -316,6 +323,7 @@ def _batch_norm(
 
 PRODUCTS: Mapping[Any, Callable[..., Product]] = {
     F.linear: _linear,
+    quantized_linear: _quantized,
     torch.matmul: _matmul,
     torch.mm: _matmul,
     torch.bmm: _matmul,

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from fwdlearn.engine.quantized import is_quantized, quantized_layers
 from fwdlearn.errors import UsageError
+
+_NO_UPDATE = (
+    "no update can be written into its few bits: set its requires_grad to False and train an "
+    "adapter, biases, norms or scales in floating point. Losses along the matrix itself: "
+    "Engine(model, objective, virtual=[...])."
+)
 
 
 def trainable(model: nn.Module, required: bool = True) -> Mapping[str, nn.Parameter]:
@@ -19,7 +26,7 @@ def trainable(model: nn.Module, required: bool = True) -> Mapping[str, nn.Parame
 
     Raises:
         UsageError: nothing is trainable (unless it is not `required`), or a trainable parameter is
-            not floating point.
+            not floating point of 16 bits up.
     """
     names: dict[int, str] = {}
     by_id: dict[int, nn.Parameter] = {}
@@ -28,9 +35,11 @@ def trainable(model: nn.Module, required: bool = True) -> Mapping[str, nn.Parame
             names[id(parameter)] = min(name, names.get(id(parameter), name))
             by_id[id(parameter)] = parameter
     if required and not names:
+        quantized = next(iter(quantized_layers(model)), None)
         raise UsageError(
             f"{type(model).__name__} has no trainable parameter; set requires_grad on those "
-            "that training may change."
+            "that training may change"
+            + (f". {quantized} is quantised, and {_NO_UPDATE}" if quantized else ".")
         )
     for key, parameter in by_id.items():
         if not parameter.is_floating_point():
@@ -38,6 +47,8 @@ def trainable(model: nn.Module, required: bool = True) -> Mapping[str, nn.Parame
                 f"{names[key]} is {parameter.dtype}: only floating-point parameters can be "
                 "trained; set its requires_grad to False."
             )
+        if is_quantized(parameter):
+            raise UsageError(f"{names[key]} requires a gradient but is quantised: {_NO_UPDATE}")
     return {name: by_id[key] for key, name in sorted(names.items(), key=lambda item: item[1])}
 
 

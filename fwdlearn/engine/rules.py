@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fwdlearn.engine.costs import copy_pays
 from fwdlearn.engine.fold import Call, Rule, replaced
+from fwdlearn.engine.quantized import fold_rule, quantized_linear
 from fwdlearn.engine.queries import Repeats
 from fwdlearn.engine.trace import Rows, TraceError, tensors
 from fwdlearn.engine.varying import Varying
@@ -441,6 +442,7 @@ RULES: Mapping[Any, Rule] = _Rules(
         # Torch names a property by the `__get__` of its descriptor.
         vars(torch._C.TensorBase)["T"].__get__: transpose,
         vars(torch._C.TensorBase)["mT"].__get__: transpose,
+        quantized_linear: fold_rule,
         F.embedding: embedding,
         F.conv1d: conv,
         F.conv2d: conv,

@@ -294,13 +294,14 @@ class Activations:
                 "normalisation in training mode mixes them; leave train_mode off."
             )
         try:
-            if self._uses is not None:
-                try:
-                    return work()
-                except TraceError:
-                    pass
-            self._trace(batch, dropout)
-            return work()
+            with self.engine.shown(batch, dropout):
+                if self._uses is not None:
+                    try:
+                        return work()
+                    except TraceError:
+                        pass
+                self._trace(batch, dropout)
+                return work()
         except TraceError as error:
             raise UsageError(
                 f"noise cannot be added to the layers of this model: {error}. Choose an estimator "

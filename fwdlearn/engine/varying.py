@@ -64,6 +64,13 @@ class Varying:
         swapped = LowRank(self.thin.right, self.thin.left, self.thin.scale)
         return replace(self, plain=plain, thin=swapped)
 
+    def to(self, dtype: torch.dtype) -> Varying:
+        """The same with the factors in `dtype`."""
+        thin = self.thin
+        if thin is None or thin.left.dtype == dtype:
+            return self
+        return replace(self, thin=LowRank(thin.left.to(dtype), thin.right.to(dtype), thin.scale))
+
     @property
     def wide(self) -> torch.dtype:
         """float32, or float64 for float64: sums in a narrower dtype would swallow the change."""
