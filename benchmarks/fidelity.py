@@ -5,17 +5,18 @@
 Digits, 64 rows: a perceptron (64-64-32-10), a small CNN and a small ViT, with their first weights
 and after 200 steps of Adam along exact gradients. Every estimator with its defaults, and the
 settings of `VARIANTS`, as many private directions a row as the queries pay for, clean passes
-included; a round is a batch of its own with noise of its own. The share is the projection of the
-estimate on the gradient, 1 on average for an estimator whose mean is the gradient; batches at which
-there is hardly a gradient left are in the mean like any other. Draws a plot beside the results
-where matplotlib is installed.
+included; a round is a batch of its own with noise of its own. An estimator with a state first makes
+`WARM` estimates on other batches, with the same weights. The share is the projection of the
+estimate on the gradient, 1 on average where the mean of estimates is the gradient; batches with
+hardly a gradient left are in the mean like any other. Draws a plot beside the results where
+matplotlib is installed.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -40,7 +41,7 @@ from fwdlearn.models import Built, cnn, mlp, vit
 from fwdlearn.objectives import cross_entropy
 from fwdlearn.registry import entries, load
 
-ROWS, STEPS = 64, 200
+ROWS, STEPS, WARM = 64, 200, 8
 QUERIES = (6, 12, 24, 48, 96, 192)
 """Of a row, at most."""
 
@@ -52,6 +53,8 @@ MODELS: Mapping[str, Callable[[Data], Built]] = {
 VARIANTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("RandomPerturbation", {"baseline": "leave-one-out"}),
     ("ForwardGradient", {"combination": "projection"}),
+    ("LikelihoodRatio", {"baseline": "antithetic"}),
+    ("LikelihoodRatio", {"noise": "hybrid"}),
 )
 
 
@@ -99,23 +102,30 @@ def measure(name: str, at: Work, rounds: int) -> Iterator[dict[str, Any]]:
             if directions < 1:
                 continue
             try:
-                entry = _average(at, estimator, directions, exact)
+                entry = average(at, estimator, directions, exact)
             except UsageError as error:
                 print(f"{name:14}{label:42}{most:8}  skipped: {error}")
-                continue
+                break
             yield {"work": name, "estimator": label, "directions": directions, **entry}
 
 
-def _average(
-    at: Work, estimator: Estimator, directions: int, exact: list[Mapping[str, Tensor]]
+def average(
+    at: Work, estimator: Estimator, directions: int, exact: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, float]:
-    plan, cosines, shares, queries, seconds = Plan.uniform(ROWS, directions), [], [], 0, 0.0
-    for number, gradient in enumerate(exact):
+    """Means over batches 0, 1, ..., of which the exact gradients are given."""
+    plan, state = Plan.uniform(ROWS, directions), estimator.init(at.engine.params)
+    cosines, shares, queries, seconds = [], [], 0, 0.0
+    warm = WARM if state is not None else 0
+    for number in (*range(len(exact), len(exact) + warm), *range(len(exact))):
         oracle = ReverseOracle(at.engine, at.batch(number))
-        key, state = Key.root(number), estimator.init(oracle.params)
         started = time.perf_counter()
-        found = estimator.estimate(oracle, oracle.params, state, key=key, plan=plan)[0]
+        found, state = estimator.estimate(
+            oracle, oracle.params, state, key=Key.root(number), plan=plan
+        )
+        if number >= len(exact):
+            continue
         # Building the tensors is a part of the estimate.
+        gradient = exact[number]
         pairs = [(found.grad[name].double(), gradient[name].double()) for name in gradient]
         seconds += time.perf_counter() - started
         inner = sum(float((one * other).sum()) for one, other in pairs)
