@@ -48,8 +48,8 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _curve(result: Result, unit: str) -> tuple[list[float], ...]:
-    """Along the evaluations, which stand at the same steps for every seed."""
-    places = list(zip(*(outcome.curve for outcome in result.best), strict=True))
+    """Along the evaluations that every seed has: an allocator may decide how many steps to take."""
+    places = list(zip(*(outcome.curve for outcome in result.best), strict=False))
     across = [mean(getattr(point, unit) for point in place) for place in places]
     scores = [[point.score for point in place] for place in places]
     return across, [mean(s) for s in scores], [min(s) for s in scores], [max(s) for s in scores]
