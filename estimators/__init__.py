@@ -7,13 +7,19 @@ if __name__ == "estimators":
 
 from .forward_gradient import ForwardGradient
 from .likelihood_ratio import LikelihoodRatio
-from .node_perturbation import ActivityNodePerturbation
+from .node_perturbation import (
+    ActivityNodePerturbation,
+    IterativeNodePerturbation,
+    NodePerturbation,
+)
 from .random_perturbation import SPSA, RandomPerturbation
 
 __all__ = [
     "SPSA",
     "ActivityNodePerturbation",
     "ForwardGradient",
+    "IterativeNodePerturbation",
     "LikelihoodRatio",
+    "NodePerturbation",
     "RandomPerturbation",
 ]

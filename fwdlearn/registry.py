@@ -51,7 +51,9 @@ _SCHEDULES = {
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "estimator": {
+        "NodePerturbation": "fwdlearn.estimators:NodePerturbation",
         "ActivityNodePerturbation": "fwdlearn.estimators:ActivityNodePerturbation",
+        "IterativeNodePerturbation": "fwdlearn.estimators:IterativeNodePerturbation",
         "RandomPerturbation": "fwdlearn.estimators:RandomPerturbation",
         "SPSA": "fwdlearn.estimators:SPSA",
         "LikelihoodRatio": "fwdlearn.estimators:LikelihoodRatio",

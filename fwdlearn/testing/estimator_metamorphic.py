@@ -109,6 +109,14 @@ class _Span:
             for other, users in enumerate(self.rows)
         )
 
+    @property
+    def even(self) -> bool:
+        """Whether each row has as many directions for one perturbed parameter as for another."""
+        owned = torch.tensor([[row in users for users in self.rows] for row in range(3)])
+        counts = owned.double() @ (self.measured != 0).double()
+        counts = counts[:, counts.sum(0) > 0]
+        return bool((counts == counts[:, :1]).all())
+
     def slope_one(self, number: int) -> Tensor:
         """[d]: a gradient with slope 1 along that direction and 0 along all others."""
         return torch.linalg.pinv(self.measured)[:, number]
@@ -172,6 +180,8 @@ def coefficients_are_weighted_slopes(case: EstimatorCase) -> Figure:
         raise NotApplicable("its target is declared as biased")
     answer = case.ask(linear(), unequal())
     span, params = _span(answer), answer.oracle.params
+    if not span.even:
+        raise NotApplicable("a row has more directions for some parameters than for others")
     # As well as the span allows: what lies outside it is the finding of the check before.
     limit = case.rounding + 10 * max(_residual(answer, span).values())
     worst = 0.0

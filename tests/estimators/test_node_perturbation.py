@@ -15,7 +15,12 @@ from fwdlearn.engine import Engine
 from fwdlearn.engine.footprint import LiveBytes
 from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate, Estimator
-from fwdlearn.estimators import ActivityNodePerturbation
+from fwdlearn.estimators import (
+    ActivityNodePerturbation,
+    IterativeNodePerturbation,
+    LikelihoodRatio,
+    NodePerturbation,
+)
 from fwdlearn.keys import Key
 from fwdlearn.noise import SiteNoise
 from fwdlearn.oracle import ModelOracle
@@ -39,6 +44,63 @@ def network(*parts: nn.Module, rows: int = 3, inputs: int = 3) -> ModelOracle:
 
 def ask(estimator: Estimator, oracle: ModelOracle, plan: Plan, key: Key = KEY) -> Estimate:
     return estimator.estimate(oracle, oracle.params, None, key=key, plan=plan)[0]
+
+
+def first_order(oracle: ModelOracle) -> dict[str, Tensor]:
+    """The exact gradient, by autograd."""
+    batch, model = oracle._batch, oracle._engine.model
+    params = dict(model.named_parameters())
+    loss = oracle._engine.objective(model(*batch.args), batch.targets).mean()
+    return dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+
+
+def test_np_is_its_formula() -> None:
+    sigma, plan = 0.05, Plan(torch.tensor([2, 4, 3]))
+    oracle = network(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    estimate = ask(NodePerturbation(sigma), oracle, plan)
+    first, last = oracle._engine.model[0], oracle._engine.model[2]
+    x, targets = oracle._batch.args[0], oracle._batch.targets
+    noise = SiteNoise(KEY, oracle.sites, plan.directions)
+    expected = {name: torch.zeros_like(value) for name, value in oracle.params.items()}
+    with torch.no_grad():
+        for row, number, weight in zip(plan.row, plan.direction, plan.weight, strict=True):
+            z = [noise.dense(site, number[None])[0] for site in oracle.sites]
+            inner = first(x[row])
+            after = last((inner + sigma * z[0]).tanh()) + sigma * z[1]
+            factor = weight * ((after - last(inner.tanh())) @ targets[row]) / sigma
+            for layer, own, below in (("0", z[0], x[row]), ("2", z[1], inner.tanh())):
+                expected[f"{layer}.weight"] += factor * own.outer(below)
+                expected[f"{layer}.bias"] += factor * own
+    for name, value in expected.items():
+        torch.testing.assert_close(estimate.grad[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_inp_gives_each_layer_its_passes() -> None:
+    """With one output a layer a sign squared is one: as many passes as layers give the gradient of
+    a linear loss exactly, and a layer's estimate owes nothing to the noise of another."""
+    oracle = network(nn.Linear(3, 1), nn.Linear(1, 1), nn.Linear(1, 1))
+    oracle._engine.objective = lambda output, targets: output[:, 0] * targets[:, 0]
+    estimate = ask(IterativeNodePerturbation(), oracle, Plan.uniform(3, 3))
+    for name, value in first_order(oracle).items():
+        torch.testing.assert_close(estimate.grad[name], value, rtol=1e-9, atol=1e-12)
+    # All layers at once disturb each other.
+    both = ask(NodePerturbation(), oracle, Plan.uniform(3, 3))
+    assert (both.grad["0.weight"] - first_order(oracle)["0.weight"]).norm() > 1e-3
+
+
+@pytest.mark.parametrize("directions", [1, 2, 4])
+def test_inp_is_unbiased_however_few_passes_there_are(directions: int) -> None:
+    """Fewer passes than layers, and a number that they do not divide."""
+    oracle = network(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    exact = torch.cat([g.flatten() for g in first_order(oracle).values()])
+    names = list(first_order(oracle))
+    estimates = []
+    for seed in range(300):
+        plan = Plan.uniform(3, directions)
+        made = ask(IterativeNodePerturbation(1e-4), oracle, plan, Key.root(seed))
+        estimates.append(torch.cat([made.grad[name].flatten() for name in names]))
+    figure = mean_figure(torch.stack(estimates), exact)
+    assert figure.holds, str(figure)
 
 
 def test_anp_is_its_formula() -> None:
@@ -151,10 +213,11 @@ def test_memory_of_anp_does_not_grow_with_the_queries(monkeypatch: pytest.Monkey
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"ActivityNodePerturbation\(sigma=...\) must be positive"):
-        ActivityNodePerturbation(sigma=0)
-    with pytest.raises(ValueError, match=r"ActivityNodePerturbation\(law=...\) must be one of"):
-        ActivityNodePerturbation(law="laplace")
+    for kind in (NodePerturbation, IterativeNodePerturbation, ActivityNodePerturbation):
+        with pytest.raises(ValueError, match=rf"{kind.__name__}\(sigma=...\) must be positive"):
+            kind(sigma=0)
+        with pytest.raises(ValueError, match=rf"{kind.__name__}\(law=...\) must be one of"):
+            kind(law="laplace")
 
     class Unused(nn.Module):
         def __init__(self) -> None:
@@ -165,5 +228,17 @@ def test_mistakes_are_named() -> None:
             return self.layer(x) * torch.cumsum(self.gain, 0)
 
     oracle = network(Unused())
-    with pytest.raises(UsageError, match="has no gradient of 0.gain: .* perturbs weights"):
-        ask(ActivityNodePerturbation(), oracle, Plan.uniform(3, 1))
+    for kind in (NodePerturbation, ActivityNodePerturbation):
+        with pytest.raises(UsageError, match="has no gradient of 0.gain: .* perturbs weights"):
+            ask(kind(), oracle, Plan.uniform(3, 1))
+
+
+def test_np_is_the_likelihood_ratio_at_its_plainest() -> None:
+    """The same noise and the same clean baseline: equal where all layers put out the same size."""
+    oracle = network(nn.Linear(3, 2), rows=1)
+    plan, size = Plan.uniform(1, 4), float(oracle.clean().rms["0.weight"])
+    ratio = LikelihoodRatio(0.1, exact_head=False, balance=False)
+    one = ratio.estimate(oracle, oracle.params, ratio.init(oracle.params), key=KEY, plan=plan)[0]
+    other = ask(NodePerturbation(0.1 * size), oracle, plan)
+    for name in oracle.params:
+        torch.testing.assert_close(one.grad[name], other.grad[name], rtol=1e-9, atol=1e-12)
