@@ -5,6 +5,7 @@ if __name__ == "estimators":
         "import fwdlearn.estimators: under its bare name every class would exist twice"
     )
 
+from .approximate_likelihood_ratio import ApproximateLikelihoodRatio
 from .forward_gradient import ForwardGradient
 from .likelihood_ratio import LikelihoodRatio
 from .node_perturbation import (
@@ -17,6 +18,7 @@ from .random_perturbation import SPSA, RandomPerturbation
 __all__ = [
     "SPSA",
     "ActivityNodePerturbation",
+    "ApproximateLikelihoodRatio",
     "ForwardGradient",
     "IterativeNodePerturbation",
     "LikelihoodRatio",

@@ -30,6 +30,7 @@ class Differences:
 
     Attributes:
         nonfinite: queries dropped so far.
+        weight: of the pairs in the last answer, 0 for those that were dropped.
     """
 
     owner: str
@@ -42,7 +43,7 @@ class Differences:
     _squares: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.clean = self.clean.double()
+        self.clean, self.weight = self.clean.double(), self.plan.weight
         if self.baseline == "leave-one-out" and self.plan.fewest < 2:
             raise UsageError(
                 f"{self.owner}(baseline='leave-one-out') needs two directions a row or more; "
@@ -68,6 +69,7 @@ class Differences:
                 baseline, least = plan.others(losses, valid), 2
             slopes = (losses - baseline) / self.sigma
         weight, dropped = plan.finite(valid, least)
+        self.weight = weight
         self.nonfinite += each * dropped
         slopes = torch.where(weight > 0, slopes, 0.0)
         self._sizes.append(slopes.abs().mean())

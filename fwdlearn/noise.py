@@ -202,7 +202,7 @@ class SiteNoise(Noise):
             return factor.new_zeros(len(ids), *shape)
         raw = self._raw(name, ids)
         if self.law == "rademacher" and factor.dtype == torch.float32:
-            out = _signs(raw, factor)
+            out = signs(raw, factor)
         else:
             out = law.expand(raw, factor.dtype)
             if score and self.law == Laplace.name:
@@ -349,7 +349,7 @@ class NoiseSum(Mapping[str, Tensor]):
         return len(self.noise.names)
 
 
-def _signs(words: Tensor, factor: Tensor) -> Tensor:
+def signs(words: Tensor, factor: Tensor) -> Tensor:
     """float32 [n, 128 * blocks]: factor[j] times the signs that the bits of words[j] stand for."""
     n = len(words)
     words = words.reshape(n, -1, 1)

@@ -57,6 +57,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "RandomPerturbation": "fwdlearn.estimators:RandomPerturbation",
         "SPSA": "fwdlearn.estimators:SPSA",
         "LikelihoodRatio": "fwdlearn.estimators:LikelihoodRatio",
+        "ApproximateLikelihoodRatio": "fwdlearn.estimators:ApproximateLikelihoodRatio",
         "ForwardGradient": "fwdlearn.estimators:ForwardGradient",
     },
     "allocator": {

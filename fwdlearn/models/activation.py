@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from fwdlearn.errors import UsageError
+
+
+class Threshold(nn.Module):
+    """1 where the input is positive, else 0: no slope anywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x > 0).to(x.dtype)
+
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
+    "threshold": Threshold,
 }
 
 

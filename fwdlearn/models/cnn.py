@@ -71,7 +71,7 @@ def cnn(
         info: of the data; kind `image`.
         channels: of each convolution, at least one number.
         kernel_size: of every convolution in pixels, odd.
-        activation: `relu`, `gelu`, `silu` or `tanh`.
+        activation: `relu`, `gelu`, `silu`, `tanh` or `threshold` (1 above 0, else 0).
         stride: of every convolution, at least 1; at 1 each side is halved between convolutions by
             taking maxima.
         hidden: width of each linear layer between the last feature maps and the head, at least 1;

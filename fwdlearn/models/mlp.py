@@ -43,7 +43,7 @@ def mlp(
     Args:
         info: of the data; images are flattened.
         hidden: width of each hidden layer, at least 1; empty for a linear model.
-        activation: `relu`, `gelu`, `silu` or `tanh`.
+        activation: `relu`, `gelu`, `silu`, `tanh` or `threshold` (1 above 0, else 0).
         bias: whether the linear layers have biases.
         decorrelation: size of a step of the layers that decorrelate the inputs of the linear ones
             (1e-3 is a start), or None for no such layers.

@@ -19,6 +19,7 @@ FACTORIES: list[tuple[Callable[..., Built], dict[str, Any]]] = [
     (mlp, {}),
     (mlp, {"hidden": [], "bias": False}),
     (mlp, {"hidden": [16, 8], "activation": "tanh"}),
+    (mlp, {"activation": "threshold"}),
     (cnn, {}),
     (cnn, {"channels": [4, 4, 4, 4, 4, 4], "kernel_size": 5}),
     (cnn, {"channels": [4, 6], "kernel_size": 5, "stride": 2, "hidden": [7, 5]}),
@@ -62,7 +63,7 @@ def test_regression_outputs() -> None:
     [
         (lambda: mlp(TEXT), "mlp reads features or images, not text; models.transformers reads"),
         (lambda: mlp(IMAGES, hidden=[4, 0]), r"mlp\(hidden=...\) must hold widths .* got \[4, 0\]"),
-        (lambda: mlp(IMAGES, activation="rleu"), r"one of gelu, relu, silu, tanh, got 'rleu'"),
+        (lambda: mlp(IMAGES, activation="rleu"), r"one of gelu, .*, threshold, got 'rleu'"),
         (lambda: cnn(FEATURES), "cnn reads images, not features; mlp reads features"),
         (lambda: cnn(IMAGES, channels=[]), r"cnn\(channels=...\) must hold one or more numbers"),
         (lambda: cnn(IMAGES, kernel_size=4), r"cnn\(kernel_size=...\) must be odd and positive"),
