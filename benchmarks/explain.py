@@ -2,9 +2,10 @@
 
     python -m benchmarks.explain [--images FOLDER] [--reviews FOLDER] [--rounds N] [--only PATTERN]
 
-Every shipped recipe, in processes of their own: `explain`, then a short `train`, in turns. Compared
-are the peak memory of the process and the queries a second of the steps. FOLDER holds the data of
-fashion-mnist-vit and movie-reviews-minilm; without them a few rows of the same form are made up.
+Every shipped recipe, in processes of their own: `explain`, then a `train` of some ten seconds, in
+turns. Compared are the peak memory of the process and the queries a second of the steps. FOLDER
+holds the data of recipes that want IDX files or JSON lines; without them a few rows of the same
+form are made up.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.results import FOLDER, merge
+from fwdlearn.recipe.locate import shipped
+from fwdlearn.recipe.text import parse
 
-# Steps of a short run of each recipe.
-STEPS = {"quickstart": 400, "fashion-mnist-vit": 30, "movie-reviews-minilm": 8}
+# Of the steps of a short run.
+SECONDS = 10.0
 
 
 def images(folder: Path) -> None:
@@ -51,20 +54,25 @@ def reviews(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
 
+def loader(text: str) -> str:
+    """Name of what loads a recipe's data."""
+    section = parse(text, "")[0].data["data"]
+    return section if isinstance(section, str) else str(section["name"])
+
+
 def command(*words: str) -> str:
     """What `fwdlearn` prints, in a process of its own."""
     line = [sys.executable, "-m", "fwdlearn", *words]
     return subprocess.run(line, check=True, capture_output=True, text=True).stdout
 
 
-def foretold(recipe: str, settings: list[str]) -> tuple[float, float]:
-    """Bytes, and queries a second."""
-    facts = json.loads(command("explain", recipe, *settings, "--json"))
-    return facts["memory_bytes"], facts["queries_per_second"]
+def foretold(recipe: str, settings: list[str]) -> dict[str, Any]:
+    """What `explain` says."""
+    return dict(json.loads(command("explain", recipe, *settings, "--json")))
 
 
 def measured(recipe: str, settings: list[str], folder: Path) -> tuple[float, float]:
-    """The same of a run."""
+    """Bytes of a run, and its queries a second."""
     command("train", recipe, *settings, f"output.dir={folder}", "--quiet")
     summary = json.loads((folder / "summary.json").read_text())
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -79,12 +87,15 @@ def measured(recipe: str, settings: list[str], folder: Path) -> tuple[float, flo
 
 def compare(recipe: str, settings: list[str], rounds: int) -> dict[str, Any]:
     """One recipe: medians, and the largest error of any round."""
-    settings = [*settings, f"trainer.steps={STEPS[recipe]}", "trainer.log_every=2"]
-    settings.append(f"trainer.evaluate_every={STEPS[recipe]}")
+    first = foretold(recipe, settings)
+    steps = max(4, int(SECONDS * first["queries_per_second"] / first["queries_per_step"]))
+    short = ("trainer.queries=null", f"trainer.steps={steps}", "trainer.log_every=2")
+    settings = [*settings, *short, f"trainer.evaluate_every={steps}"]
     pairs = []
     for _ in range(rounds):
         with TemporaryDirectory() as folder:
-            asked = foretold(recipe, settings)
+            facts = foretold(recipe, settings)
+            asked = facts["memory_bytes"], facts["queries_per_second"]
             pairs.append((asked, measured(recipe, settings, Path(folder) / "run")))
     entry: dict[str, Any] = {"work": recipe}
     for place, name in enumerate(("memory_bytes", "queries_per_second")):
@@ -115,16 +126,12 @@ def main() -> None:
     print(f"{'recipe':24}{head}{'queries/s':>12}{'measured':>12}{'error':>9}")
     entries = []
     with TemporaryDirectory() as made:
-        given = {
-            "quickstart": None,
-            "fashion-mnist-vit": (asked.images, images),
-            "movie-reviews-minilm": (asked.reviews, reviews),
-        }
-        for recipe, source in given.items():
+        sources = {"idx": (asked.images, images), "jsonl": (asked.reviews, reviews)}
+        for recipe, text in shipped().items():
             if not fnmatch(recipe, f"*{asked.only}*"):
                 continue
             settings = []
-            if source is not None:
+            if (source := sources.get(loader(text))) is not None:
                 folder, make = source
                 if folder is None:
                     folder = Path(made) / recipe
@@ -133,7 +140,7 @@ def main() -> None:
                 settings.append(f"data.path={folder}")
             entries.append(compare(recipe, settings, asked.rounds))
             show(entries[-1])
-    merge(asked.output, entries, STEPS, asked.rounds)
+    merge(asked.output, entries, shipped(), asked.rounds)
 
 
 if __name__ == "__main__":

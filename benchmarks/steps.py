@@ -24,9 +24,9 @@ ESTIMATOR = RandomPerturbation(SIGMA, "leave-one-out")
 Step = Callable[[], object]
 
 
-def fold(model: nn.Module, batch: Batch, plan: Plan) -> Step:
-    """A whole step: estimate and plain gradient descent."""
-    engine, numbers = Engine(model, cross_entropy, rung="fold"), count()
+def fold(model: nn.Module, batch: Batch, plan: Plan, rung: str = "fold") -> Step:
+    """A whole step: estimate, on a rung of the ladder, and plain gradient descent."""
+    engine, numbers = Engine(model, cross_entropy, rung=rung), count()
 
     def step() -> None:
         oracle = ModelOracle(engine, batch)

@@ -4,9 +4,11 @@
 
 The denominator is the fastest plain inference over the same rows at any batch size, objective
 included. Beside the fold, with directions private to a row and shared by rows, stand the share of
-its step that goes to drawing directions and to the update; backpropagation (one gradient of the
-same rows, its cost in forward passes); and the recipe of the published in-place method: a normal
-for every weight drawn again from its seed, four sweeps over the weights for two forward passes.
+its step that goes to drawing directions and to the update; copies of the weights, perturbed and run
+side by side by `vmap`; backpropagation (one gradient of the same rows, its cost in forward passes);
+and the recipe of the published in-place method: a normal for every weight drawn again from its
+seed, four sweeps over the weights for two forward passes. Exact slopes and noise at activations
+have tables of their own: `benchmarks.dual`, `benchmarks.activation_noise`.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def measure(work: Work, rounds: int) -> list[dict[str, Any]]:
         variants[f"fold, {name}"] = steps.fold(model, batch, plan)
         variants[f"noise, {name}"] = steps.noise(model, plan)
         variants[f"update, {name}"] = steps.update(model, plan)
+    variants["copies, shared"] = steps.fold(model, batch, plans["shared"], "copies")
     counts |= {"in place, seed replay": 2 * seeds * rows, "backprop, per row": rows}
     variants["in place, seed replay"] = steps.in_place(model, batch, seeds)
     variants["backprop, per row"] = steps.backprop(model, batch)
