@@ -72,7 +72,7 @@ def quantized(model: nn.Module, layer: type[nn.Module] = Int8Linear, **settings:
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
+            if isinstance(child, nn.Linear):
                 setattr(module, name, layer(child, **settings))
     return model
 
