@@ -141,7 +141,7 @@ class Varying:
             torch.mul(inner, left, out=out)
         elif base is not None and out.dtype not in (torch.float32, torch.float64):
             _product_on(base, inner, left, out)
-        elif left.shape[1] == 1:
+        elif base is not None and left.shape[1] == 1:
             torch.addcmul(base, inner, left, out=out)
         else:
             torch.bmm(inner, left, out=out)
