@@ -132,8 +132,8 @@ class NodePerturbation(Estimator):
 class IterativeNodePerturbation(NodePerturbation):
     """Noise in one layer at a time (INP).
 
-    The directions of a row go to the layers in turn. Where a row has fewer of them than there are
-    layers, a layer hears of some rows alone, in the mean of all.
+    The directions of a row go to the layers in turn, from a random layer on. Where a row has fewer
+    of them than there are layers, some of its layers go without in each step; the mean is the same.
 
     Args:
         sigma: size of the noise, positive.
@@ -153,7 +153,6 @@ class IterativeNodePerturbation(NodePerturbation):
     ) -> tuple[list[SiteNoise], Tensor]:
         sites = oracle.sites
         noises = [SiteNoise(key, sites, plan.directions, self.law, only=(one,)) for one in sites]
-        # From a random layer on, so that each has the same chance.
         first = key.fold("first layer").low % len(noises)
         return noises, (plan.direction + first) % len(noises)
 

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fwdlearn.batch import Batch
 from fwdlearn.engine.dropout import KeyedDropout
+from fwdlearn.engine.params import in_place
 from fwdlearn.engine.queries import Queries
 from fwdlearn.engine.sequential import mixes_rows
 from fwdlearn.engine.trace import TraceError
@@ -125,7 +126,8 @@ def _pass(
         targets: Tensor,
     ) -> Tensor:
         with _masks(queries.dropout, row, number):
-            output = functional_call(model, (copy, buffers), tuple(args), kwargs)
+            state = in_place(model, {**copy, **buffers})
+            output = functional_call(model, state, tuple(args), kwargs, tie_weights=False)
         return row_losses(output, Batch(tuple(args), targets, kwargs))
 
     copies = _copies(params, queries.at(members[:, 0]))

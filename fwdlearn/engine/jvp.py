@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine.layout import SlopePass
+from fwdlearn.engine.params import in_place
 from fwdlearn.engine.queries import masks
 from fwdlearn.errors import FwdlearnError
 from fwdlearn.keys import Key
@@ -75,7 +76,13 @@ class Jvp:
             state = {name: value.clone() for name, value in self.model.named_buffers()}
             state |= dict(zip(self.params, values, strict=True))
             with masks(dropout, some.row):
-                output = functional_call(self.model, state, rows.args, dict(rows.kwargs))
+                output = functional_call(
+                    self.model,
+                    in_place(self.model, state),
+                    rows.args,
+                    dict(rows.kwargs),
+                    tie_weights=False,
+                )
             return self.row_losses(output, rows)
 
         def push(*tangents: Tensor) -> Any:

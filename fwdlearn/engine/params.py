@@ -52,6 +52,27 @@ def trainable(model: nn.Module, required: bool = True) -> Mapping[str, nn.Parame
     return {name: by_id[key] for key, name in sorted(names.items(), key=lambda item: item[1])}
 
 
+def in_place(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `functional_call` shall put in the place of tensors, without tying of its own.
+
+    A tied tensor is in several modules and has a name in each. A module with several names is one
+    place all the same: torch's tying would replace it there for each of them, and then put the
+    replacement back in the place of the parameter.
+
+    Args:
+        values: name of a parameter or buffer -> what to use for it.
+    """
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    wanted = {id(tensors[name]): value for name, value in values.items()}
+    return {
+        f"{prefix}.{name}" if prefix else name: wanted[id(tensor)]
+        for prefix, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if id(tensor) in wanted
+    }
+
+
 def read_only(params: Mapping[str, Tensor]) -> list[str]:
     """Names of parameters in memory that this process must not write, where the system tells.
 

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
+from fwdlearn.engine.params import in_place
 from fwdlearn.engine.queries import Queries
 from fwdlearn.errors import UsageError
 
@@ -51,7 +52,10 @@ def run(
             some = queries.at(part)
             rows = some.inputs()
             with some.masks():
-                output = functional_call(model, copy, rows.args, dict(rows.kwargs))
+                state = in_place(model, copy)
+                output = functional_call(
+                    model, state, rows.args, dict(rows.kwargs), tie_weights=False
+                )
             losses = row_losses(output, rows)
             if out is None:
                 out = losses.new_empty(len(queries))
