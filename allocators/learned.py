@@ -172,7 +172,7 @@ class GaussianAllocator(_Learned):
     """
 
     def _start(self) -> list[float]:
-        return [0.0, 1.0, math.log(0.3), math.log(0.5)]
+        return [0.5, 0.5, math.log(0.3), math.log(0.5)]
 
     def _bounded(self, parameters: Tensor) -> Tensor:
         logs = parameters[2:].clamp(math.log(_SMALLEST), math.log(_LARGEST))
@@ -236,7 +236,7 @@ class BernoulliAllocator(_Learned):
     """
 
     def _start(self) -> list[float]:
-        return [0.0, 1.0]
+        return [2.0, -1.0]
 
     def _draw(self, parameters: Tensor, feature: Tensor, key: Key) -> Tensor:
         coins = key.uniform(self.draws * len(feature)).view(self.draws, -1)
