@@ -6,6 +6,7 @@ if __name__ == "allocators":
     )
 
 from .adaptive import AdaptiveDirections, MeasuredSharing
+from .blocks import Blocks
 from .confidence_skip import ConfidenceSkip
 from .learned import BernoulliAllocator, GaussianAllocator
 from .neyman import Neyman
@@ -14,6 +15,7 @@ from .uniform import Uniform
 __all__ = [
     "AdaptiveDirections",
     "BernoulliAllocator",
+    "Blocks",
     "ConfidenceSkip",
     "GaussianAllocator",
     "MeasuredSharing",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -11,10 +12,48 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fwdlearn.errors import NonFiniteError
+from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.keys import Key
 
 State = Any
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parameters that a step perturbs and updates, drawn from a division of them all.
+
+    Args:
+        patterns: of parameter names; a parameter belongs to the first one that its name matches.
+        number: of the pattern that was drawn.
+        probability: with which it was drawn, in (0, 1]; the step's gradient counts 1 over this.
+    """
+
+    patterns: tuple[str, ...]
+    number: int
+    probability: float
+
+    def names(self, params: Iterable[str]) -> tuple[str, ...]:
+        """The block's own, of all trainable parameters.
+
+        Raises:
+            UsageError: a parameter matches no pattern, or a pattern no parameter of its own.
+        """
+        own: list[list[str]] = [[] for _ in self.patterns]
+        for name in params:
+            match = (n for n, one in enumerate(self.patterns) if fnmatch.fnmatchcase(name, one))
+            place = next(match, None)
+            if place is None:
+                raise UsageError(
+                    f"the parameter {name} matches none of the blocks {', '.join(self.patterns)}; "
+                    "add '*' as the last, or set its requires_grad to False."
+                )
+            own[place].append(name)
+        for pattern, names in zip(self.patterns, own, strict=True):
+            if not names:
+                raise UsageError(
+                    f"the block {pattern!r} has no parameter of its own; leave it out."
+                )
+        return tuple(own[self.number])
 
 
 @dataclass(frozen=True)
@@ -31,6 +70,7 @@ class Plan:
         sharing: how many consecutive rows use the same directions: 1 is private to a row,
             `rows` or more is shared by the batch.
         row_weight: float64 [rows], what each row's own mean counts; None is `1 / rows` for all.
+        block: the parameters that the step is about; None is all of them.
 
     Example:
         >>> plan = Plan(torch.tensor([2, 1]))
@@ -41,6 +81,7 @@ class Plan:
     counts: Tensor
     sharing: int = 1
     row_weight: Tensor | None = None
+    block: Block | None = None
 
     def __post_init__(self) -> None:
         if self.counts.dtype != torch.int64 or self.counts.dim() != 1 or not len(self.counts):
@@ -210,7 +251,7 @@ class Plan:
         """The same plan with its index vectors on `device`."""
         if self.counts.device == torch.device(device):
             return self
-        moved = Plan(self.counts, self.sharing, self.row_weight)
+        moved = Plan(self.counts, self.sharing, self.row_weight, self.block)
         for name in ("row", "direction", "weight"):
             # Worked out here, so that arithmetic and order are those of the CPU everywhere.
             moved.__dict__[name] = getattr(self, name).to(device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn, Self
 
 import numpy as np
@@ -161,3 +162,9 @@ class CallableOracle:
         self._queries += self.rows
         self._known = clean.losses.clone()
         return clean
+
+    def only(self, names: Collection[str]) -> Self:
+        """The same oracle for a step that is about some parameters alone."""
+        other = copy.copy(self)
+        other._params = {name: self._params[name] for name in names}
+        return other

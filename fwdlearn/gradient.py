@@ -114,3 +114,19 @@ class Summed(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.parts[0])
+
+
+class ScaledGradient(Mapping[str, Tensor]):
+    """Another gradient times a number, formed when a name is asked for."""
+
+    def __init__(self, gradient: Mapping[str, Tensor], factor: float) -> None:
+        self.gradient, self.factor = gradient, factor
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.gradient[name] * self.factor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.gradient)
+
+    def __len__(self) -> int:
+        return len(self.gradient)

@@ -6,9 +6,11 @@ row `row[j]` at `params + scale[j] * E[direction[j]]`, where E is a family of di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
+from dataclasses import replace
+from typing import Any, NoReturn, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -289,6 +291,12 @@ class ModelOracle:
         self._known = clean.losses.clone()
         return clean
 
+    def only(self, names: Collection[str]) -> Self:
+        """The same oracle for a step that is about some parameters alone."""
+        other = copy.copy(self)
+        other._params = {name: self._params[name] for name in names}
+        return other
+
     def slopes(
         self, row: Tensor, directions: Directions, direction: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -303,7 +311,19 @@ class ModelOracle:
     @property
     def sites(self) -> Mapping[str, Output]:
         """See `ActivationOracle.sites`."""
-        return _Lazy(self._outputs)
+
+        def made() -> Mapping[str, Output]:
+            found = self._outputs()
+            own = {
+                site: [n for n in one.params if n in self._params] for site, one in found.items()
+            }
+            return {
+                site: replace(one, params=tuple(own[site]))
+                for site, one in found.items()
+                if own[site]
+            }
+
+        return _Lazy(made)
 
     @property
     def left_out(self) -> Mapping[str, str]:
@@ -311,7 +331,8 @@ class ModelOracle:
 
         def made() -> Mapping[str, str]:
             self._outputs()
-            return self._engine.activations.left_out
+            left_out = self._engine.activations.left_out
+            return {name: why for name, why in left_out.items() if name in self._params}
 
         return _Lazy(made)
 

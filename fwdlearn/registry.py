@@ -70,6 +70,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
             "ConfidenceSkip",
             "AdaptiveDirections",
             "MeasuredSharing",
+            "Blocks",
         )
     },
     "model": {name: f"fwdlearn.models:{name}" for name in ("mlp", "cnn", "vit", "transformers")},

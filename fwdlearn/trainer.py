@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from fwdlearn.engine.params import read_only
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.forecast import counted, timed
+from fwdlearn.gradient import ScaledGradient
 from fwdlearn.keys import Key
 from fwdlearn.local import learn_locally, local_rows
 from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
@@ -54,11 +55,13 @@ class _Step:
         estimate: with all queries of the step, those for signals too.
         plan: that it was made with.
         signals: that the plan was made of.
+        names: of the parameters that it is about.
     """
 
     estimate: Estimate
     plan: Plan
     signals: Mapping[str, Tensor]
+    names: tuple[str, ...]
 
     def feedback(self, square_norms: Mapping[str, float]) -> Feedback:
         """What the allocator is told."""
@@ -224,7 +227,7 @@ class Trainer:
                     stepped = {"engine.rung": choice.rung, "engine.reason": choice.reason}
                     self._log(step, spent, begun, stepped)
                 lr = self.optimizer.param_groups[0]["lr"]
-                square_norms = self._update(made.estimate)
+                square_norms = self._update(made.estimate, made.names)
                 feedback = made.feedback(square_norms)
                 plans = self.allocator.observe(made.plan, made.signals, feedback, plans)
                 spent += made.estimate.queries + self._learn(step - 1)
@@ -362,14 +365,19 @@ class Trainer:
         plan, plans = self.allocator.allocate(
             len(batch), signals, plans, key=self.key.fold("plan").fold(step)
         )
+        if plan.block is not None:
+            oracle = oracle.only(plan.block.names(oracle.params))
         estimate, state = self.estimator.estimate(
             oracle, oracle.params, state, key=key, plan=plan.to(self.device)
         )
+        if plan.block is not None:
+            estimate = _counted(estimate, 1 / plan.block.probability)
         if not torch.isfinite(estimate.loss):
             raise NonFiniteError(
                 f"step {step + 1}: the loss is {float(estimate.loss)}; lower the learning rate."
             )
-        return _Step(replace(estimate, queries=oracle.queries), plan, signals), state, plans
+        estimate = replace(estimate, queries=oracle.queries)
+        return _Step(estimate, plan, signals, tuple(oracle.params)), state, plans
 
     def _oracle(self, batch: Batch, dropout: Key | None = None) -> ModelOracle | CallableOracle:
         if isinstance(self.engine, Calls):
@@ -396,11 +404,11 @@ class Trainer:
         return spent + self._cost(plans) <= self.budget
 
     @torch.no_grad()
-    def _update(self, estimate: Estimate) -> dict[str, float]:
+    def _update(self, estimate: Estimate, names: Iterable[str]) -> dict[str, float]:
         """One tensor at a time, so that one dense gradient is alive at once; the squared norms."""
         square_norms: dict[str, float] = {}
-        for name, parameter in self.engine.params.items():
-            grad = estimate.grad[name]
+        for name in names:
+            parameter, grad = self.engine.params[name], estimate.grad[name]
             square = float(torch.dot(grad.flatten(), grad.flatten()))
             if not math.isfinite(square):
                 raise NonFiniteError(
@@ -488,6 +496,14 @@ class Trainer:
     def _tell(self, event: str, message: dict[str, Any]) -> None:
         for sink in self.sinks:
             getattr(sink, event)(message)
+
+
+def _counted(estimate: Estimate, factor: float) -> Estimate:
+    """The estimate of a block that was drawn with probability 1 / factor."""
+    info = dict(estimate.info)
+    if "variance" in info:
+        info["variance"] = info["variance"] * factor**2
+    return replace(estimate, grad=ScaledGradient(estimate.grad, factor), info=info)
 
 
 class _training:

@@ -96,7 +96,7 @@ def test_the_model_of_a_step_is_what_a_real_step_takes() -> None:
     for _ in range(2):
         with LiveBytes(CPU) as live:
             estimate = made[0]()
-            run._update(estimate)
+            run._update(estimate, run.engine.params)
         del estimate
     assert live.peak == pytest.approx(taken.peak, rel=0.05)
 

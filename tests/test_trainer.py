@@ -15,6 +15,7 @@ from fwdlearn.allocator import Plan
 from fwdlearn.allocators import (
     AdaptiveDirections,
     BernoulliAllocator,
+    Blocks,
     ConfidenceSkip,
     GaussianAllocator,
     Neyman,
@@ -23,7 +24,7 @@ from fwdlearn.allocators import (
 from fwdlearn.blackbox import BlackBox
 from fwdlearn.data import Data, DataInfo, Rows, digits
 from fwdlearn.errors import BackwardError, NonFiniteError, UsageError
-from fwdlearn.estimators import SPSA, RandomPerturbation
+from fwdlearn.estimators import SPSA, ForwardGradient, RandomPerturbation
 from fwdlearn.keys import Key
 from fwdlearn.models import mlp
 from fwdlearn.objectives import cross_entropy, mean_squared_error, returned, zero_one
@@ -130,7 +131,7 @@ def test_streaming_equals_one_step_with_all_gradients(optimizer: Any) -> None:
     state = None
     for step in range(5):
         made, state, _ = streamed._estimate(step, None, None)
-        streamed._update(made.estimate)
+        streamed._update(made.estimate, made.names)
         made, state, _ = whole._estimate(step, None, None)
         for name, parameter in whole.engine.params.items():
             parameter.grad = made.estimate.grad[name]
@@ -443,3 +444,17 @@ def test_a_budget_that_changes_is_kept_and_the_schedule_follows_it() -> None:
     assert 8 * 9 * 20 - 8 * 2 < summary["queries"] <= 8 * 9 * 20
     assert rates[0] == 1.0 and 0 < rates[-1] < 0.06
     assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "estimator", [RandomPerturbation(), ForwardGradient()], ids=lambda one: type(one).__name__
+)
+def test_a_step_about_a_block_leaves_the_rest_alone(estimator: Any) -> None:
+    run = trainer(estimator=estimator, allocator=Blocks(("layers.0.*", "*"), 4), steps=1)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    made, _, _ = run._estimate(0, run.estimator.init(run.engine.params), run.allocator.init())
+    assert made.plan.block is not None and set(made.estimate.grad) == set(made.names)
+    assert made.plan.block.names(run.engine.params) == made.names
+    run.train()
+    changed = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == set(made.names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -279,14 +279,21 @@ def mean_is_unchanged(case: AllocatorCase) -> Figure:
         signals = Signals(rows, signals_key, lambda values: values * slopes.norm(dim=1))
         plan, state = allocator.allocate(rows, signals, state, key=plan_key)
         family = Directions(key, problem.params, plan.directions)
-        z = flatten({name: family.dense(name, plan.direction) for name in problem.params})
+        dense = {name: family.dense(name, plan.direction) for name in problem.params}
+        if plan.block is not None:
+            drawn = plan.block.names(problem.params)
+            dense = {name: value * (name in drawn) for name, value in dense.items()}
+        z = flatten(dense)
         along = (slopes[plan.row] * z).sum(1)
         grad = (plan.weight * along) @ z
+        if plan.block is not None:
+            grad = grad / plan.block.probability
         if allocator.reweights and plan.row_weight is not None:
             grad = grad - plan.row_weight @ slopes + slopes.mean(0)
         grads.append(grad)
         square = torch.zeros(rows).double().index_add(0, plan.row, along.square())
         told = _feedback(plan, key, square / plan.counts)
+        told = replace(told, square_norm=float(grad.square().sum()))
         state = allocator.observe(plan, signals, told, state)
     return mean_figure(torch.stack(grads), slopes.mean(0))
 
