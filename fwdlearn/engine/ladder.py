@@ -7,7 +7,7 @@ on a rung and on the last one, and steps down when they disagree; it says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -101,6 +101,7 @@ class Engine:
         self._widest = 1
         self._still: tuple[Still, ...] = ()
         self._watch: Watch = by_mode
+        self._parts_exact: dict[tuple[str, ...], Slopes] = {}
         self.compiled: Compiled | None = None
         if compile:
             # Slow to import, and seldom asked for.
@@ -149,7 +150,17 @@ class Engine:
         """Losses [queries] and slopes [queries]; see `SlopeOracle.slopes`."""
         dropout = dropout if self.model.training else None
         with self.shown(batch, dropout):
-            return self.exact(batch, row, directions, direction, dropout)
+            return self._slopes_of(directions.params)(batch, row, directions, direction, dropout)
+
+    def _slopes_of(self, names: Collection[str]) -> Slopes:
+        """For directions that lack parameters, one that takes the rest for constants."""
+        if len(names) == len(self.params):
+            return self.exact
+        own = {name: self.params[name] for name in self.params if name in names}
+        if tuple(own) not in self._parts_exact:
+            made = Slopes(self.model, own, self.row_losses, memory_budget=self.memory_budget)
+            self._parts_exact[tuple(own)] = made
+        return self._parts_exact[tuple(own)]
 
     @property
     def dtype(self) -> torch.dtype:
