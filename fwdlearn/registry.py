@@ -73,7 +73,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
             "Blocks",
         )
     },
-    "model": {name: f"fwdlearn.models:{name}" for name in ("mlp", "cnn", "vit", "transformers")},
+    "model": {
+        name: f"fwdlearn.models:{name}"
+        for name in ("mlp", "cnn", "vit", "transformers", "prompted")
+    },
     "data": {
         name: f"fwdlearn.data:{name}"
         for name in ("digits", "idx", "npz", "csv", "jsonl", "image_folder")

@@ -5,6 +5,7 @@ from fwdlearn.models.cnn import cnn
 from fwdlearn.models.decorrelation import Decorrelation, decorrelated, fold_into_weights
 from fwdlearn.models.images import ImageProcessor
 from fwdlearn.models.mlp import mlp
+from fwdlearn.models.prompted import prompted
 from fwdlearn.models.transformers import transformers
 from fwdlearn.models.vit import vit
 
@@ -16,6 +17,7 @@ __all__ = [
     "decorrelated",
     "fold_into_weights",
     "mlp",
+    "prompted",
     "transformers",
     "vit",
 ]

@@ -7,14 +7,17 @@ alone, next to a zero patch, is the same model with one parameter less.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fwdlearn.data.types import DataInfo
-from fwdlearn.errors import UsageError
+from fwdlearn.errors import MissingError, UsageError
 from fwdlearn.models.built import Built, weights_from
 
 
@@ -93,6 +96,7 @@ def vit(
     heads: int = 4,
     hidden: int | None = None,
     pool: Literal["mean", "class"] = "mean",
+    weights: str | Path | None = None,
     seed: int = 0,
 ) -> Built:
     """Builds a small vision transformer.
@@ -105,11 +109,15 @@ def vit(
         heads: of the attention, at least 1.
         hidden: width inside a block's perceptron; None is twice `width`.
         pool: what the head reads: the `mean` of the patches or a `class` token.
+        weights: a safetensors file to start from, such as `model/model.safetensors` of a run, for
+            all but the head, which is new.
         seed: of the weights, drawn as torch draws them for its layers; positions have a standard
             deviation of 0.02.
 
     Raises:
-        UsageError: the data are not images, or an argument is out of range.
+        MissingError: there is no such file.
+        UsageError: the data are not images, an argument is out of range, or the weights are those
+            of another model.
     """
     if info.kind != "image":
         raise UsageError(f"vit reads images, not {info.kind}; mlp reads features.")
@@ -132,4 +140,25 @@ def vit(
         raise UsageError(f"vit(pool=...) must be mean or class, got {pool!r}.")
     with weights_from(seed):
         module = ViT(info.shape, info.outputs, patch, width, depth, heads, hidden, pool == "class")
-        return Built(module.eval())
+    if weights is not None:
+        _load_all_but_the_head(module, Path(weights))
+    return Built(module.eval())
+
+
+def _load_all_but_the_head(module: ViT, path: Path) -> None:
+    if not path.is_file():
+        raise MissingError(f"vit(weights=...): there is no file {path}.")
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise UsageError(f"vit(weights=...): {path} cannot be read ({error}).") from error
+    own = module.state_dict()
+    for name in (name for name in own if not name.startswith("head.")):
+        if name not in found or found[name].shape != own[name].shape:
+            there = tuple(found[name].shape) if name in found else "none"
+            raise UsageError(
+                f"vit(weights=...): {name} is {tuple(own[name].shape)} here and {there} in {path}; "
+                "give the settings that the model was trained with."
+            )
+        own[name] = found[name]
+    module.load_state_dict(own)
