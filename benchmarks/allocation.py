@@ -316,6 +316,7 @@ def _backprop(trainer: Trainer, rule: Allocator) -> None:
 def seconds() -> list[dict[str, Any]]:
     """Seconds of whole steps with unequal counts over equal ones, at equal queries."""
     data, found = centred(), []
+    assert isinstance(data.train, Rows)
     for name, width in (("digits, mlp 64-32", None), ("digits, mlp 512-512", 512)):
         runs = {}
         for label, rule in (("uniform", Uniform(16)), ("residual", Neyman(16))):
@@ -323,6 +324,7 @@ def seconds() -> list[dict[str, Any]]:
                 model = start(data, 0)
                 if width:
                     model = mlp(data.info, hidden=(width, width)).module
+                    descend(model, data.train, 60, 1e-3, Key.root(1))
                 optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
                 trainer = Trainer(
                     model, data, cross_entropy, make(), rule, optimizer, batch_size=ROWS, steps=1

@@ -98,8 +98,10 @@ def residual(output: Any, targets: Tensor) -> Tensor:
     elif targets.dim() == 1:
         scores = logits(output)
         if scores.dim() == 2 and targets.dtype == torch.int64:
-            unit = F.one_hot(targets, scores.shape[1])
-            return (scores.softmax(1) - unit).norm(dim=1)
+            place = targets.unsqueeze(1)
+            return (
+                scores.softmax(1).scatter_add(1, place, -torch.ones_like(scores[:, :1])).norm(dim=1)
+            )
     raise UsageError(
         "the signal 'residual' needs logits [rows, classes] with int64 targets, or as many values "
         f"as floating targets, got {tuple(logits(output).shape)} and {targets.dtype} "
