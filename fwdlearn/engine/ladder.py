@@ -250,14 +250,15 @@ class Engine:
         if self.choice is None:
             self.choose(batch, dropout)
         row = torch.arange(len(batch), device=batch.device)
-        if not residual:
-            return Measured(self._plain(batch, row, dropout))
-        losses, pairs = [], []
-        for part in self._parts(batch, row):
-            output, rows = self._output(batch, part, dropout)
-            losses.append(self.row_losses(output, rows))
-            pairs.append((output, rows.targets))
-        return Measured.of(torch.cat(losses), pairs)
+        with self.shown(batch, dropout):
+            if not residual:
+                return Measured(self._plain(batch, row, dropout))
+            losses, pairs = [], []
+            for part in self._parts(batch, row):
+                output, rows = self._output(batch, part, dropout)
+                losses.append(self.row_losses(output, rows))
+                pairs.append((output, rows.targets))
+            return Measured.of(torch.cat(losses), pairs)
 
     def _plain(self, batch: Batch, row: Tensor, dropout: Key | None) -> Tensor:
         parts = self._parts(batch, row)
