@@ -47,6 +47,8 @@ _PACE = 1.1
 class AdaptiveDirections(Allocator):
     """As many directions as the signal-to-noise ratio of the last steps calls for.
 
+    While the running mean of the signal is below zero, lost in its own noise, the number stays.
+
     Args:
         directions: mean number of directions a row in the first step, at least 1.
         target: signal-to-noise ratio of an estimate that is good enough, positive.
@@ -75,7 +77,7 @@ class AdaptiveDirections(Allocator):
     least: int = 1
     most: int = 64
     signal: Literal["residual", "loss"] | None = None
-    memory: float = 0.95
+    memory: float = 0.98
     sharing: str | int = "private"
 
     def __post_init__(self) -> None:
@@ -120,7 +122,8 @@ class AdaptiveDirections(Allocator):
         signal = _running(state["signal"], feedback.square_norm - variance, self.memory)
         noise = _running(state["noise"], variance * mean, self.memory)
         # The same share of both is missing at the start.
-        wanted = self.target * noise / signal if signal > 0 else math.inf
+        known = signal > 0
+        wanted = self.target * noise / signal if known else state["directions"]
         paced = min(max(wanted, state["directions"] / _PACE), state["directions"] * _PACE)
         directions = min(max(paced, float(self.least)), float(self.most))
         steps = state["steps"] + 1

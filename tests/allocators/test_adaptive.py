@@ -19,7 +19,7 @@ def told(square: float, variance: float, slopes: float = 1.0) -> Feedback:
     return Feedback(1.0, square, {}, variance, {"square_slope": torch.full((8,), slopes).double()})
 
 
-def settled(allocator: Any, feedback: Any, steps: int = 200) -> Any:
+def settled(allocator: Any, feedback: Any, steps: int = 600) -> Any:
     """The state after many like steps; `feedback` is a function of directions a row."""
     state = allocator.init()
     for step in range(steps):
@@ -36,13 +36,13 @@ def test_directions_settle_where_the_ratio_is_the_target(noise: float, wanted: f
     assert state["directions"] == pytest.approx(wanted, rel=0.05)
 
 
-def test_no_signal_takes_what_there_is() -> None:
+def test_what_is_lost_in_noise_changes_nothing() -> None:
     state = settled(AdaptiveDirections(4, most=9), lambda n: told(1.0, 2.0))
-    assert state["directions"] == 9
+    assert state["directions"] == 4
 
 
 def test_the_number_moves_by_a_tenth_a_step() -> None:
-    state = settled(AdaptiveDirections(4), lambda n: told(1.0, 2.0), steps=3)
+    state = settled(AdaptiveDirections(4), lambda n: told(1e3 + 1e-3, 1e3), steps=3)
     assert state["directions"] == pytest.approx(4 * 1.1**3)
 
 
