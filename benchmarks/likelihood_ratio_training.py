@@ -3,8 +3,7 @@
     python -m benchmarks.likelihood_ratio_training [PART or PART:SEED ...]
 
 Parts: `digits`, an MLP (64-64-32-10), 24 noisy forwards a sample, 20 epochs, four seeds;
-`quickstart`, the recipe of that name, three seeds; `threshold`, hard thresholds and the 0-1 loss,
-where backpropagation has nothing to work with, three seeds. Writes the record, run by run.
+`quickstart`, the recipe of that name, three seeds. Writes the record, run by run.
 """
 
 from __future__ import annotations
@@ -33,22 +32,9 @@ DIGITS = [
     "trainer.evaluate_every=44",
     "optimizer.lr=0.005",
 ]
-THRESHOLD = [
-    "model.activation=threshold",
-    "model.hidden=[64]",
-    "objective=zero_one",
-    "estimator={name: LikelihoodRatio, law: gaussian, sigma: 0.2, baseline: leave-one-out}",
-    "allocator.directions=16",
-    "trainer.batch_size=64",
-    "trainer.steps=1500",
-    "trainer.evaluate_every=150",
-    "optimizer.lr=0.01",
-]
-PARTS: dict[str, tuple[list[str], int, bool]] = {
-    "digits": (DIGITS, 4, True),
-    "quickstart": ([], 3, True),
-    "threshold": (THRESHOLD, 3, False),
-}
+# What a recipe is changed by, and how many seeds.
+PARTS: dict[str, tuple[list[str], int]] = {"digits": (DIGITS, 4), "quickstart": ([], 3)}
+METHODS = ("likelihood ratio", "backprop")
 
 
 class Curve:
@@ -103,9 +89,8 @@ def main() -> None:
     results = json.loads(path.read_text("utf-8"))["results"] if path.exists() else []
     for word in parts:
         part, _, only = word.partition(":")
-        _, seeds, compared = PARTS[part]
-        for seed in [int(only)] if only else range(seeds):
-            for method in ("likelihood ratio", "backprop") if compared else ("likelihood ratio",):
+        for seed in [int(only)] if only else range(PARTS[part][1]):
+            for method in METHODS:
                 place = {"part": part, "method": method, "seed": seed}
                 entry = run(part, method, seed)
                 results = [old for old in results if not place.items() <= old.items()]
