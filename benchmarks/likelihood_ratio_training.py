@@ -30,7 +30,7 @@ DIGITS = [
     # 22 steps are an epoch.
     "trainer.steps=440",
     "trainer.evaluate_every=44",
-    "optimizer.lr=0.005",
+    "optimizer.lr=0.01",
 ]
 # What a recipe is changed by, and how many seeds.
 PARTS: dict[str, tuple[list[str], int]] = {"digits": (DIGITS, 4), "quickstart": ([], 3)}
