@@ -13,6 +13,7 @@ from .node_perturbation import (
     IterativeNodePerturbation,
     NodePerturbation,
 )
+from .projected_forward_gradient import ProjectedForwardGradient
 from .random_perturbation import SPSA, RandomPerturbation
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "IterativeNodePerturbation",
     "LikelihoodRatio",
     "NodePerturbation",
+    "ProjectedForwardGradient",
     "RandomPerturbation",
 ]

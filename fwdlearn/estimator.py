@@ -58,7 +58,8 @@ class Estimate:
         queries: read off the oracle.
         info: flat scalars. Reserved: `variance` (estimate of the trace of the covariance of
             `grad`), `coef_abs` (mean size of the loss differences over sigma, or of the slopes),
-            `nonfinite` (queries dropped because their loss was not finite).
+            `nonfinite` (queries dropped because their loss was not finite), `tangents` (directions
+            that `grad` is the mean of, where they are not those of the plan).
         rows: per-row figures, float64 [rows], nan where a row has none. Reserved: `square_slope`
             (estimate of the mean squared slope of the row's loss along a direction, so of its
             squared gradient).

@@ -185,6 +185,8 @@ class Trainer:
         self.model, self.data, self.objective = model, data, objective
         self.estimator, self.allocator = estimator, allocator
         self.optimizer, self.schedule = optimizer, schedule
+        # An optimizer that asks how many directions a gradient is the mean of is told.
+        self._asking = [g for g in optimizer.param_groups if g.get("tangents", 0) is None]
         self.steps, self.budget = steps, queries
         self.batch_size = min(batch_size, len(data.train))
         self.device, self.seed, self.train_mode = device, seed, train_mode
@@ -237,7 +239,8 @@ class Trainer:
                 del made
                 if step % self.log_every == 0 or not self._affords(step, spent, plans):
                     last = window.record()
-                    self._log(step, spent, begun, {"lr": float(lr), **last})
+                    noted = {f"optimizer.{name}": value for name, value in self._noted().items()}
+                    self._log(step, spent, begun, {"lr": float(lr), **last, **noted})
                     window = _Window()
                 if self.evaluate_every and step % self.evaluate_every == 0:
                     scores = self._evaluated(step, spent, begun)
@@ -372,6 +375,8 @@ class Trainer:
         )
         if plan.block is not None:
             estimate = _counted(estimate, 1 / plan.block.probability)
+        for group in self._asking:
+            group["tangents"] = int(estimate.info.get("tangents", plan.directions))
         if not torch.isfinite(estimate.loss):
             raise NonFiniteError(
                 f"step {step + 1}: the loss is {float(estimate.loss)}; lower the learning rate."
@@ -428,6 +433,11 @@ class Trainer:
         while self._scheduled < due:
             self.schedule.step()
             self._scheduled += 1
+
+    def _noted(self) -> Mapping[str, float]:
+        """What the optimizer has to say beside its steps."""
+        noted: Mapping[str, float] = getattr(self.optimizer, "info", {})
+        return noted
 
     def _planned(self) -> int:
         """Steps of the run; where the allocator changes its budget, if it did not."""

@@ -18,6 +18,7 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 # Recipe -> what it takes to run three steps of it.
 SHORT = {
     "quickstart": ["trainer.steps=3"],
+    "frank-wolfe-digits": ["trainer.steps=3"],
     "fashion-mnist-vit": [
         f"data.path={FASHION}",
         "data.train_rows=64",

@@ -58,8 +58,9 @@ class FrankWolfe(torch.optim.Optimizer):
             or None to use each gradient alone (right for exact gradients only).
         step_size: a constant gamma in (0, 1], or None for 2 / (k + delay).
         delay: at least 2; the textbook's step for exact gradients has 2.
-        tangents: m, directions that a gradient is the mean of, at least 1. With private directions
-            and rows that agree, these are all (row, direction) pairs.
+        tangents: m, directions that a gradient is the mean of, at least 1; None for what the
+            trainer finds, or 1 without one. With private directions and rows that agree, these are
+            all (row, direction) pairs.
         dimension: d, how many numbers a direction has; those of all parameters when not given.
 
     Attributes:
@@ -90,7 +91,7 @@ class FrankWolfe(torch.optim.Optimizer):
         averaging: Literal["dimension", "classical"] | float | None = "dimension",
         step_size: float | None = None,
         delay: float = 8.0,
-        tangents: int = 1,
+        tangents: int | None = None,
         dimension: int | None = None,
     ) -> None:
         defaults = {
@@ -118,6 +119,11 @@ class FrankWolfe(torch.optim.Optimizer):
     def gap(self) -> float:
         gaps = [state["gap"] for state in self.state.values()]
         return math.fsum(gaps) if gaps else math.nan
+
+    @property
+    def info(self) -> dict[str, float]:
+        """What a trainer's records say of it."""
+        return {"gap": self.gap}
 
     @torch.no_grad()
     def true_gap(self) -> float:
@@ -201,7 +207,7 @@ class FrankWolfe(torch.optim.Optimizer):
             dimension = group["dimension"] or sum(
                 parameter.numel() for each in self.param_groups for parameter in each["params"]
             )
-            spread = 1 + dimension / group["tangents"]
+            spread = 1 + dimension / (group["tangents"] or 1)
         return min(1.0, 4 / (spread ** (1 / 3) * (step + 8) ** (2 / 3)))
 
 
@@ -260,7 +266,7 @@ def _check(group: Mapping[str, Any]) -> None:
             group["step_size"] is None or 0 < group["step_size"] <= 1,
         ),
         "delay": ("at least 2", group["delay"] >= 2),
-        "tangents": ("at least 1", group["tangents"] >= 1),
+        "tangents": ("at least 1", group["tangents"] is None or group["tangents"] >= 1),
         "dimension": ("at least 1", group["dimension"] is None or group["dimension"] >= 1),
     }
     for name, (rule, holds) in rules.items():

@@ -50,6 +50,42 @@ def test_trains_inside_the_sets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "tangents"),
+    [
+        ((), 32),
+        (("allocator.sharing=shared",), 2),
+        (("estimator=ProjectedForwardGradient",), 2),
+        (("optimizer.tangents=5",), 5),
+    ],
+)
+def test_the_trainer_tells_how_many_tangents_there_are(
+    overrides: tuple[str, ...], tangents: int, tmp_path: Path
+) -> None:
+    trainer = build(_recipe(tmp_path, GOOD, *overrides))
+    trainer.train()
+    assert [group["tangents"] for group in trainer.optimizer.param_groups] == [tangents] * 2
+
+
+def test_records_tell_the_gap(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = []
+
+    class Sink:
+        def start(self, message: dict[str, Any]) -> None: ...
+
+        def finish(self, message: dict[str, Any]) -> None: ...
+
+        def log(self, message: dict[str, Any]) -> None:
+            records.append(message)
+
+    trainer = build(_recipe(tmp_path))
+    trainer.sinks = (Sink(),)
+    trainer.train()
+    assert isinstance(trainer.optimizer, FrankWolfe)
+    gaps = [record["optimizer.gap"] for record in records if "optimizer.gap" in record]
+    assert gaps == [trainer.optimizer.gap]
+
+
+@pytest.mark.parametrize(
     ("override", "region"),
     [
         ("optimizer.set.radius=7", L1Ball(7.0)),
