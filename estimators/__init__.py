@@ -5,6 +5,7 @@ if __name__ == "estimators":
         "import fwdlearn.estimators: under its bare name every class would exist twice"
     )
 
+from .activity_forward_gradient import ActivityForwardGradient
 from .approximate_likelihood_ratio import ApproximateLikelihoodRatio
 from .forward_gradient import ForwardGradient
 from .likelihood_ratio import LikelihoodRatio
@@ -18,6 +19,7 @@ from .random_perturbation import SPSA, RandomPerturbation
 
 __all__ = [
     "SPSA",
+    "ActivityForwardGradient",
     "ActivityNodePerturbation",
     "ApproximateLikelihoodRatio",
     "ForwardGradient",

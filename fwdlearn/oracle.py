@@ -132,6 +132,12 @@ class ActivationOracle(LossOracle, Protocol):
             [queries], float64 if the parameters are, else float32.
         """
 
+    def noisy_slopes(self, row: Tensor, noise: Noise, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [queries] and their derivatives [queries] by the scale of the noise, at scale 0.
+
+        A slope and its loss count as one query.
+        """
+
     def noisy_shifts(
         self, clean: CleanPass, row: Tensor, noise: Noise, index: Tensor, scale: Tensor | float
     ) -> Iterator[Shift]:
@@ -347,6 +353,13 @@ class ModelOracle:
             )
         self._queries += len(row)
         return losses.clone()
+
+    def noisy_slopes(self, row: Tensor, noise: Noise, index: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ActivationOracle.noisy_slopes`."""
+        with forbid_backward():
+            answers = self._engine.activity(self._batch, row, noise, index, self._dropout)
+        self._queries += len(row)
+        return answers
 
     def noisy_shifts(
         self, clean: CleanPass, row: Tensor, noise: Noise, index: Tensor, scale: Tensor | float

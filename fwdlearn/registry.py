@@ -59,6 +59,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "LikelihoodRatio": "fwdlearn.estimators:LikelihoodRatio",
         "ApproximateLikelihoodRatio": "fwdlearn.estimators:ApproximateLikelihoodRatio",
         "ForwardGradient": "fwdlearn.estimators:ForwardGradient",
+        "ActivityForwardGradient": "fwdlearn.estimators:ActivityForwardGradient",
         "ProjectedForwardGradient": "fwdlearn.estimators:ProjectedForwardGradient",
     },
     "allocator": {

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine import copies, sequential
+from fwdlearn.engine.activity import ActivitySlopes
 from fwdlearn.engine.blocks import Blocks
 from fwdlearn.engine.choice import Choice
 from fwdlearn.engine.measured import Measured
@@ -115,6 +116,11 @@ class Engine:
     def activations(self) -> Activations:
         """Noise in the outputs of layers, and gradients by local products."""
         return Activations(self)
+
+    @cached_property
+    def activity(self) -> ActivitySlopes:
+        """Exact slopes along such noise."""
+        return ActivitySlopes(self)
 
     @cached_property
     def exact(self) -> Slopes:

@@ -181,8 +181,17 @@ class _Trap(torch.autograd.Function):
     sprung = 0
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
+    def forward(value: Tensor) -> Tensor:
         return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # Forward mode is allowed.
+        return tangents[0].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

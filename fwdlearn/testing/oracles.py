@@ -171,6 +171,14 @@ class ActivationFunctionOracle(FunctionOracle):
             noise.add(values[name], name, index, scales)
         return self._answer(asked, self._function(values, row)), values
 
+    def noisy_slopes(self, row: Tensor, noise: Noise, index: Tensor) -> tuple[Tensor, Tensor]:
+        asked = self._record(row, noise, index, torch.zeros(len(row)).double())
+        values = {n: v.detach().repeat(len(row), *[1] * v.dim()) for n, v in self.params.items()}
+        tangents = {name: torch.zeros_like(value) for name, value in values.items()}
+        tangents |= {name: noise.dense(name, index).to(values[name]) for name in noise.names}
+        answers = torch.func.jvp(lambda v: self._function(v, row), (values,), (tangents,))
+        return self._answer(asked, answers[0]), self._answer(asked, answers[1])
+
     def noisy_shifts(
         self, clean: CleanPass, row: Tensor, noise: Noise, index: Tensor, scale: Tensor | float
     ) -> Iterator[Shift]:
