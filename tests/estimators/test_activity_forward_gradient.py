@@ -37,7 +37,7 @@ def test_noise_in_activities_varies_less_than_tangents_of_weights() -> None:
     """One layer 128 -> 32, 64 rows, one slope a row: at least 20 times less; 40 repeats each.
 
     The variance with one tangent for the batch is m n |g|^2; with noise of each row's own it is
-    below m / B mean |x|^2 |da|^2, some hundred times less here.
+    below m / B mean |x|^2 |da|^2.
     """
     torch.manual_seed(0)
     model, x = nn.Linear(128, 32, bias=False), torch.randn(64, 128)
