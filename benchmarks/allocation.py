@@ -224,7 +224,7 @@ def variance(job: tuple[str, int]) -> list[dict[str, Any]]:
     assert isinstance(data.train, Rows)
     descend(model, data.train, steps, 1e-3, Key.root(1))
     accuracy = float((model(data.train.inputs).argmax(1) == data.train.targets).float().mean())
-    bench = Bench(model, data.train, ESTIMATORS[name](), batches=12 if steps == 300 else 6)
+    bench = Bench(model, data.train, ESTIMATORS[name](), batches=6 if steps == 300 else 3)
     base = bench.errors(Uniform(16), passes=8, warm=0)
     found = []
     for label, rule in {**rules(16), "oracle": Known(16)}.items():
