@@ -4,9 +4,10 @@ With S = c Q K.T + M, P = softmax(S) and O = P V,
 
     dS = c (dQ K.T + Q dK.T) + dM,    dO = (P dS) V + P dV - rowsum(P dS) O,
 
-where P dS is entry by entry. The values come from the fused kernel. Weights and their tangents
-exist for one direction and some of the queries at a time, so that memory grows with the length and
-not with its square.
+where P dS is entry by entry. The values come from the fused kernel. Directions lie between queries
+and entries, [batch * heads, queries, K, ...], so that all share each of the four products. Weights
+and their tangents exist for some rows, queries and directions at a time: they stay in the cache,
+and memory grows with the length and not with its square.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fwdlearn.engine.dual import Call
+from fwdlearn.engine.dual_generic import generic
 from fwdlearn.engine.tangents import aligned
 
-# Attention weights that are alive at once, in entries: what caches hold.
-_BLOCK = 2**20
+# Tangents of attention weights that are alive at once, in entries: what caches hold.
+_BLOCK = 2**18
 
 
 def attention(
@@ -43,58 +45,94 @@ def attention(
             _explicit, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
     out = call.plain()
+    if out.dim() < 3:
+        return generic(call)
     held = [call.tangent(t) for t in (query, key, value, attn_mask)]
     count = max(len(t) for t in held if t is not None)
     heads = _Heads(out.shape[:-2], query.shape[-3] // key.shape[-3] if enable_gqa else 1)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    q, k, v, o = (heads.flat(t) for t in (query, key, value, out))
     # Scaled once here, not in every direction.
-    q, near = q * factor, k * factor
+    q, k, v = (heads.seen(t) for t in (query * factor, key, value))
+    near = heads.seen(key * factor)
+    moving = [None if t is None else heads.seen(aligned(t, out.dim()), count) for t in held]
+    mask = None if attn_mask is None else heads.seen(attn_mask)
     # Laid out as the fused kernel lays out its result, so that the model's next view is one.
     tangent = torch.empty_like(out.unsqueeze(0).expand(count, *out.shape))
-    for some in _parts(count, len(q) * k.shape[1]):
-        dq, dk, dv = (None if t is None else heads.tangents(t[some]) for t in held[:3])
-        for part in _parts(q.shape[1], len(q) * k.shape[1] * (some.stop - some.start)):
-            mask = None if attn_mask is None else heads.flat(_of(attn_mask, part))
-            seen = q[:, part]
-            weights = _weights(seen, k, mask, part.start if is_causal else None)
-            dmask = None if held[3] is None else heads.tangents(_of(held[3][some], part))
-            moved = _scores(seen, near, None if dq is None else dq[:, :, part], dk, dmask)
-            parts = []
-            if moved is not None:
-                moved = moved.mul_(weights.unsqueeze(1))
-                pushed = torch.bmm(moved.flatten(1, 2), v).view(*moved.shape[:3], -1)
-                parts.append(pushed.addcmul_(o[:, None, part], moved.sum(-1, True), value=-1))
-            if dv is not None:
-                mixed = torch.bmm(weights, dv.transpose(1, 2).flatten(2))
-                parts.append(mixed.unflatten(2, (-1, dv.shape[-1])).transpose(1, 2))
-            into = tangent[some, ..., part, :]
-            shaped = [one.unflatten(0, heads.shape).movedim(-3, 0) for one in parts]
-            into.copy_(shaped[0]) if len(shaped) == 1 else torch.add(*shaped, out=into)
+    wide, (rows, length) = math.prod(out.shape[1:-2]) * key.shape[-2], (len(out), out.shape[-2])
+    for row in _parts(rows, wide * count * length):
+        among = wide * (row.stop - row.start)
+        kv = tuple(_flat(t[row]) for t in (k, near, v))
+        for part in _parts(length, among * min(count, 8)):
+            seen = _flat(q[row, ..., part, :])
+            shown = None if mask is None else _flat(_of(mask[row], part))
+            weights = _weights(seen, kv[0], shown, part.start if is_causal else None)
+            mean = _flat(out[row, ..., part, :])
+            for some in _parts(count, among * (part.stop - part.start)):
+                dq, dk, dv, dm = (None if t is None else t[some, row] for t in moving)
+                into = tangent[some, row, ..., part, :].movedim(0, -2)
+                scores = _scores(
+                    seen,
+                    kv[1],
+                    None if dq is None else dq[..., part, :],
+                    dk,
+                    None if dm is None else _of(dm, part),
+                )
+                _mix(into, weights, scores, kv[2], dv, mean)
     return call.carry(out, tangent)
 
 
 def _scores(
     q: Tensor, k: Tensor, dq: Tensor | None, dk: Tensor | None, dmask: Tensor | None
 ) -> Tensor | None:
-    """[batch * heads, K, queries, keys]: the tangents of what the softmax is taken of.
+    """[batch * heads, queries, K, keys]: the tangents of what the softmax is taken of.
 
-    Both `q` and `k` are scaled.
+    Both `q` and `k` are scaled. Tangents are [K, batch, ..., length, width].
     """
-    scores = None if dmask is None else dmask.clone()
-    if dq is not None:
-        part = torch.bmm(dq.flatten(1, 2), k.mT).view(*dq.shape[:3], -1)
-        scores = part if scores is None else part.add_(scores)
+    scores = None
     if dk is not None:
-        n, count, keys, width = dk.shape
-        wide = q.unsqueeze(1).expand(-1, count, -1, -1).reshape(n * count, -1, width)
-        thin = dk.reshape(n * count, keys, width).mT
+        wide = dk.movedim(0, -3).reshape(len(q), -1, k.shape[-1])
+        scores = torch.bmm(q, wide.mT).view(*q.shape[:2], len(dk), -1)
+    if dq is not None:
+        thin = _between(dq).flatten(1, 2)
         if scores is None:
-            scores = torch.bmm(wide, thin)
+            scores = torch.bmm(thin, k.mT)
         else:
-            scores = scores.view(n * count, -1, keys).baddbmm_(wide, thin)
-        scores = scores.view(n, count, -1, keys)
+            scores = scores.view(len(q), -1, k.shape[1]).baddbmm_(thin, k.mT)
+        scores = scores.view(*q.shape[:2], len(dq), -1)
+    if dmask is not None:
+        shift = _between(dmask)
+        if scores is None:
+            return shift.expand(*shift.shape[:3], k.shape[1]).clone()
+        scores.add_(shift)
     return scores
+
+
+def _mix(
+    into: Tensor, weights: Tensor, scores: Tensor | None, v: Tensor, dv: Tensor | None, o: Tensor
+) -> None:
+    """Writes the tangents of the result.
+
+    Args:
+        into: [batch, ..., queries, K, width].
+        weights: [batch * heads, queries, keys].
+        scores: from `_scores`; overwritten.
+        v: [batch * heads, keys, width].
+        dv: [K, batch, ..., keys, width].
+        o: the result, [batch * heads, queries, width].
+    """
+    total = None
+    if dv is not None:
+        total = torch.bmm(weights, _between(dv).flatten(2))
+        total = total.view(len(v), -1, v.shape[-1])
+    if scores is None:
+        assert total is not None
+        into.copy_(total.view(into.shape))
+        return
+    moved = scores.mul_(weights.unsqueeze(2))
+    flat = moved.flatten(1, 2)
+    total = torch.bmm(flat, v) if total is None else total.baddbmm_(flat, v)
+    total = total.view(*moved.shape[:3], -1)
+    into.copy_(total.addcmul_(o.unsqueeze(2), moved.sum(-1, True), value=-1).view(into.shape))
 
 
 @dataclass(frozen=True)
@@ -109,19 +147,21 @@ class _Heads:
     shape: torch.Size
     groups: int
 
-    def flat(self, value: Tensor) -> Tensor:
-        """[batch * heads, length, width]."""
-        return self._seen(value).reshape(-1, *value.shape[-2:])
-
-    def tangents(self, value: Tensor) -> Tensor:
-        """[batch * heads, K, length, width] of [K, ...]."""
-        seen = self._seen(aligned(value, len(self.shape) + 2), len(value)).movedim(0, -3)
-        return seen.reshape(-1, *seen.shape[-3:])
-
-    def _seen(self, value: Tensor, *lead: int) -> Tensor:
+    def seen(self, value: Tensor, *lead: int) -> Tensor:
+        """[*lead, *shape, length, width], a view where no heads are shared."""
         if self.groups > 1 and value.dim() > 2 and 1 < value.shape[-3] < self.shape[-1]:
             value = value.repeat_interleave(self.groups, -3)
         return value.expand(*lead, *self.shape, *value.shape[-2:])
+
+
+def _flat(value: Tensor) -> Tensor:
+    """[batch * heads, length, width]."""
+    return value.reshape(-1, *value.shape[-2:])
+
+
+def _between(value: Tensor) -> Tensor:
+    """[batch * heads, length, K, width] of [K, batch, ..., length, width]."""
+    return value.movedim(0, -2).reshape(-1, value.shape[-2], len(value), value.shape[-1])
 
 
 def _of(mask: Tensor, part: slice) -> Tensor:

@@ -23,6 +23,9 @@ from fwdlearn.engine.trace import TraceError
 # What tangents become before gain and shift.
 Push = Callable[[Tensor], Tensor]
 
+# Entries of the tangents that are pushed together.
+_BLOCK = 2**15
+
 
 def layer_norm(
     call: Call,
@@ -137,11 +140,17 @@ def _affine(
     if tangent is not None:
         tangent = tangent.reshape(len(tangent), *normal.shape)
     if dx is not None:
-        moved = push(dx)
+        filled = tangent is not None
         if tangent is None:
-            tangent = moved if weight is None else moved.mul_(weight)
-        else:
-            tangent = tangent.add_(moved) if weight is None else tangent.addcmul_(moved, weight)
+            tangent = normal.new_empty(len(dx), *normal.shape)
+        # Few directions at a time: they stay in the cache, and what they share is not repeated.
+        size = max(1, _BLOCK // max(1, normal.numel()))
+        for into, some in zip(tangent.split(size), dx.split(size), strict=True):
+            moved = push(some)
+            if not filled:
+                into.copy_(moved) if weight is None else torch.mul(moved, weight, out=into)
+            else:
+                into.add_(moved) if weight is None else into.addcmul_(moved, weight)
     assert tangent is not None
     return call.carry(out, tangent.to(out.dtype))
 
