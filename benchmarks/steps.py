@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.models import cross_entropy
 from fwdlearn.allocator import Plan
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine import Engine
+from fwdlearn.engine.slopes import Slopes
 from fwdlearn.estimators import RandomPerturbation
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
@@ -33,6 +37,61 @@ def fold(model: nn.Module, batch: Batch, plan: Plan, rung: str = "fold") -> Step
         _update(engine.params, _gradient(oracle, plan, Key.root(0).fold(next(numbers))))
 
     return step
+
+
+def dual(model: nn.Module, batch: Batch, plan: Plan, rung: str = "dual") -> Step:
+    """A whole step on exact slopes: estimate and plain gradient descent.
+
+    Args:
+        rung: "dual", or "jvp" for torch's own forward mode along dense tangents.
+    """
+    engine, numbers = Engine(model, cross_entropy), count()
+    engine.exact = Slopes(model, engine.params, engine.row_losses, rung)
+
+    def step() -> None:
+        oracle = ModelOracle(engine, batch)
+        key = Key.root(0).fold(next(numbers))
+        directions = Directions(key, oracle.params, plan.directions)
+        slopes = oracle.slopes(plan.row, directions, plan.direction)[1]
+        total = torch.zeros(plan.directions, dtype=torch.float64)
+        total.index_add_(0, plan.direction, plan.weight * slopes.double())
+        _update(engine.params, DirectionGradient(directions, total))
+
+    return step
+
+
+def jvp(model: nn.Module, batch: Batch) -> Step:
+    """The same by `torch.func.jvp`, along a single dense tangent."""
+    params, numbers = (
+        {n: p.detach() for n, p in Engine(model, cross_entropy).params.items()},
+        count(),
+    )
+
+    def losses(*values: Tensor) -> Tensor:
+        state = dict(zip(params, values, strict=True))
+        output = functional_call(model, state, batch.args, dict(batch.kwargs))
+        return cross_entropy(output, batch.targets)
+
+    def step() -> None:
+        directions = Directions(Key.root(0).fold(next(numbers)), params, 1)
+        tangents = tuple(directions.dense(name, torch.arange(1))[0] for name in params)
+        with torch.no_grad(), unfused():
+            slopes = torch.func.jvp(losses, tuple(params.values()), tangents)[1]
+        _update(params, DirectionGradient(directions, slopes.double().mean(0, keepdim=True)))
+
+    return step
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Without fused attention and fused layers, which have no forward derivative."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def noise(model: nn.Module, plan: Plan) -> Step:

@@ -26,7 +26,7 @@ from fwdlearn.engine.dual_generic import generic
 from fwdlearn.engine.tangents import aligned
 
 # Tangents of attention weights that are alive at once, in entries: what caches hold.
-_BLOCK = 2**18
+_BLOCK = 2**20
 
 
 def attention(

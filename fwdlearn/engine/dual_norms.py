@@ -24,7 +24,7 @@ from fwdlearn.engine.trace import TraceError
 Push = Callable[[Tensor], Tensor]
 
 # Entries of the tangents that are pushed together.
-_BLOCK = 2**15
+_BLOCK = 2**16
 
 
 def layer_norm(
@@ -130,29 +130,28 @@ def _affine(
         weight = weight.reshape(*weight.shape, *[1] * tail)
     gains = None if gain is None else gain.along(dim, rows, tail).to(normal.dtype)
     shifts = None if shift is None else shift.along(dim, rows, tail).to(normal.dtype)
-    shown, tangent = normal if rows is None else spread(normal, rows, count), None
-    if gains is not None and shifts is not None:
-        tangent = torch.addcmul(shifts, shown, gains)
-    elif gains is not None:
-        tangent = shown * gains
-    elif shifts is not None:
-        tangent = shifts.expand(-1, *shown.shape).clone(memory_format=torch.contiguous_format)
-    if tangent is not None:
-        tangent = tangent.reshape(len(tangent), *normal.shape)
-    if dx is not None:
-        filled = tangent is not None
-        if tangent is None:
-            tangent = normal.new_empty(len(dx), *normal.shape)
-        # Few directions at a time: they stay in the cache, and what they share is not repeated.
-        size = max(1, _BLOCK // max(1, normal.numel()))
-        for into, some in zip(tangent.split(size), dx.split(size), strict=True):
-            moved = push(some)
-            if not filled:
-                into.copy_(moved) if weight is None else torch.mul(moved, weight, out=into)
-            else:
-                into.add_(moved) if weight is None else into.addcmul_(moved, weight)
-    assert tangent is not None
-    return call.carry(out, tangent.to(out.dtype))
+    shown = normal if rows is None else spread(normal, rows, count)
+    moving = next(len(t) for t in (dx, gains, shifts) if t is not None)
+    tangent = torch.empty(moving, *shown.shape, dtype=normal.dtype, device=normal.device)
+    # Few directions at a time: they stay in the cache, and what they share is not repeated.
+    size = max(1, _BLOCK // max(1, normal.numel()))
+    for start in range(0, moving, size):
+        some = slice(start, start + size)
+        into = tangent[some]
+        if gains is not None and shifts is not None:
+            torch.addcmul(shifts[some], shown, gains[some], out=into)
+        elif gains is not None:
+            torch.mul(shown, gains[some], out=into)
+        elif shifts is not None:
+            into.copy_(shifts[some].expand(into.shape))
+        if dx is None:
+            continue
+        moved, flat = push(dx[some]), into.view(-1, *normal.shape)
+        if gains is not None or shifts is not None:
+            flat.add_(moved) if weight is None else flat.addcmul_(moved, weight)
+        else:
+            flat.copy_(moved) if weight is None else torch.mul(moved, weight, out=flat)
+    return call.carry(out, tangent.view(moving, *normal.shape).to(out.dtype))
 
 
 def _repeated(value: Tensor, count: int) -> Tensor:

@@ -50,6 +50,30 @@ def flip(call: Call, input: Tensor) -> Any:
     return linear_map(call, input)
 
 
+def apart(call: Call, input: Tensor, *args: Any, dim: int = 0, **kwargs: Any) -> Any:
+    """Views of parts along an axis: `unbind`, and `split` and `chunk` with a size in front."""
+    sizes, dims = (), args
+    if call.name != "unbind":
+        sizes, dims = args[:1], args[1:]
+    tangent = call.tangent(input)
+    if tangent is None or kwargs or len(dims) > 1:
+        return linear_map(call, *call.args, **call.kwargs)
+    out, axis = call.plain(), (dims[0] if dims else dim) % input.dim() + 1
+    for part, moved in zip(out, call.func(tangent, *sizes, axis), strict=True):
+        call.carry(part, moved)
+    return out
+
+
+def reduced(call: Call, input: Tensor, dim: Any = None, keepdim: bool = False, **more: Any) -> Any:
+    """`sum` and `mean` over some axes."""
+    tangent = call.tangent(input)
+    if tangent is None or more or not isinstance(dim, (int, tuple, list)) or not input.dim():
+        return linear_map(call, *call.args, **call.kwargs)
+    axes = [dim] if isinstance(dim, int) else list(dim) or list(range(input.dim()))
+    axes = [axis % input.dim() + 1 for axis in axes]
+    return call.carry(call.plain(), call.func(tangent, axes, keepdim))
+
+
 def getitem(call: Call, input: Tensor, index: Any) -> Any:
     whole = index if isinstance(index, tuple) else (index,)
     if any(isinstance(part, (Tensor, list)) for part in whole):

@@ -82,9 +82,9 @@ _VIEWS = {
 }
 _SAME = {"contiguous", "detach", "to", "float", "double", "half", "bfloat16", "type_as", "type"}
 _LINEAR = {
-    *("sum", "mean", "neg", "negative", "roll", "flip", "repeat", "repeat_interleave", "tile"),
+    *("neg", "negative", "roll", "flip", "repeat", "repeat_interleave", "tile"),
     *("index_select", "gather", "take_along_dim", "diagonal", "tril", "triu", "movedim", "cumsum"),
-    *("moveaxis", "swapaxes", "swapdims", "narrow", "select", "unbind", "split", "chunk"),
+    *("moveaxis", "swapaxes", "swapdims", "narrow", "select"),
     *("tensor_split", "broadcast_to", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d"),
 }
 _MULTILINEAR = {"bmm", "mv", "dot", "einsum", "outer", "inner", "tensordot", "vecdot"}
@@ -106,6 +106,8 @@ _NAMES: Mapping[str, Rule] = {
     **dict.fromkeys(_SAME, ops.same),
     **dict.fromkeys(_LINEAR, kinds.linear_map),
     **dict.fromkeys(_MULTILINEAR, kinds.multilinear),
+    **dict.fromkeys(("unbind", "split", "chunk"), ops.apart),
+    **dict.fromkeys(("sum", "mean"), ops.reduced),
     "permute": ops.permute,
     "getitem": ops.getitem,
     "expand": ops.expand,
