@@ -74,7 +74,7 @@ class Dual(TorchFunctionMode):
         self.names, self.uses, self.rules = names, uses, rules
         self.count = len(ids)
         self.rows = ids.shape[1] if ids.dim() == 2 else None
-        self.factors = directions.at(ids.flatten())
+        self.factors = directions.at(_run(ids.flatten()))
         self.cursor = 0
 
     def __torch_function__(
@@ -188,6 +188,13 @@ class Dual(TorchFunctionMode):
             for result in tensors(out):
                 result._fwdlearn_made = self  # type: ignore[attr-defined]
         return out
+
+
+def _run(ids: Tensor) -> Tensor | slice:
+    """Consecutive numbers as a slice: what they name is then a view, not a copy."""
+    ends = ids[[0, -1]].tolist()
+    whole = ends[1] - ends[0] == len(ids) - 1 and bool((ids.diff() == 1).all())
+    return slice(ends[0], ends[1] + 1) if whole else ids
 
 
 def writes(name: str) -> bool:
