@@ -62,10 +62,8 @@ def dual(model: nn.Module, batch: Batch, plan: Plan, rung: str = "dual") -> Step
 
 def jvp(model: nn.Module, batch: Batch) -> Step:
     """The same by `torch.func.jvp`, along a single dense tangent."""
-    params, numbers = (
-        {n: p.detach() for n, p in Engine(model, cross_entropy).params.items()},
-        count(),
-    )
+    params, numbers = dict(model.named_parameters()), count()
+    params = {name: value.detach() for name, value in params.items() if value.requires_grad}
 
     def losses(*values: Tensor) -> Tensor:
         state = dict(zip(params, values, strict=True))

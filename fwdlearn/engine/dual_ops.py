@@ -52,9 +52,8 @@ def flip(call: Call, input: Tensor) -> Any:
 
 def apart(call: Call, input: Tensor, *args: Any, dim: int = 0, **kwargs: Any) -> Any:
     """Views of parts along an axis: `unbind`, and `split` and `chunk` with a size in front."""
-    sizes, dims = (), args
-    if call.name != "unbind":
-        sizes, dims = args[:1], args[1:]
+    sized = int(call.name != "unbind")
+    sizes, dims = args[:sized], args[sized:]
     tangent = call.tangent(input)
     if tangent is None or kwargs or len(dims) > 1:
         return linear_map(call, *call.args, **call.kwargs)

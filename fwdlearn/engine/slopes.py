@@ -323,7 +323,8 @@ class Slopes:
         Returns:
             The difference, and whether it means something: rounding may spoil all of them.
         """
-        least, found_by, steady = math.inf, {}, False
+        least, steady = math.inf, False
+        found_by: dict[float, Tensor] = {}
         for size in _SIZES:
             sides = []
             for scale in (size, -size):
