@@ -11,6 +11,7 @@ directions. Draws `records/dual/memory.png` if matplotlib is installed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -139,8 +140,18 @@ def main() -> None:
         found = [measure(method, depth) for depth in DEPTHS]
         print(f"{method:22}" + "".join(f"{e['peak'] / 2**20:10.2f}" for e in found), flush=True)
         results += found
+    results = _with_rest(results, asked.output)
     write(asked.output, results)
     plot(results)
+
+
+def _with_rest(results: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Beside them what the file holds of methods that were not measured."""
+    measured = {entry["method"] for entry in results}
+    old = json.loads(path.read_text("utf-8"))["results"] if path.exists() else []
+    found = results + [entry for entry in old if entry["method"] not in measured]
+    order = list(METHODS)
+    return sorted(found, key=lambda entry: (order.index(entry["method"]), entry["depth"]))
 
 
 if __name__ == "__main__":
