@@ -70,6 +70,9 @@ class OutputSection(_Section):
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
+SAME = ("model", "data", "seed", "output", "compare", "estimator")
+"""Sections that `with` of a compared method cannot change."""
+
 
 def _method(value: Any) -> Any:
     """One of `compare.estimators`, as a mapping; see `CompareSection`."""
@@ -118,10 +121,6 @@ class CompareSection(_Section):
         default=None, description="learning rates to try, the recipe's own when not given"
     )
     backprop: bool = Field(default=True, description="whether backpropagation runs beside them")
-
-
-SAME = ("model", "data", "seed", "output", "compare", "estimator")
-"""Sections that are no method's own."""
 
 
 class Fixed(_Section):

@@ -28,6 +28,16 @@ SECTIONS = (
     "compare"
 )
 CASES = {
+    "comparison": (
+        GOOD + "compare: {seeds: x, lrs: [0.1, y], backprop: 1, estimators: [{with: {seed: 1}}]}\n",
+        [
+            "12:18: compare.seeds: must be a list, each an integer, got 'x'",
+            "12:32: compare.lrs[1]: must be a number, got 'y'",
+            "12:46: compare.backprop: must be true or false, got 1",
+            "12:62: compare.estimators[0]: `with` cannot change seed: methods are compared at the "
+            "same one",
+        ],
+    ),
     "empty": ("", ["1:1: empty; start from `fwdlearn cp quickstart my.yaml`"]),
     "comment only": ("# hm\n", ["1:1: empty; start from `fwdlearn cp quickstart my.yaml`"]),
     "list": ("- 1\n", ["1:1: must be sections such as `model:`, not a list or a word"]),
