@@ -184,15 +184,15 @@ def main() -> None:
     keep_freed_pages()
     head = f"{'queries':>8}{'cosine':>9}{'spread':>8}{'share':>8}{'seconds':>9}"
     print(f"{'work':14}{'estimator':42}{head}")
-    results = []
     for name, made in chosen(_works(), asked.only).items():
+        results = []
         for entry in measure(name, made(), asked.rounds):
             results.append(entry)
             cells = f"{entry['queries_per_row']:8.0f}{entry['cosine']:9.3f}{entry['spread']:8.3f}"
             cells += f"{entry['share']:8.2f}{entry['seconds']:9.3f}"
             print(f"{name:14}{entry['estimator']:42}{cells}", flush=True)
-    everything = merge(asked.output, results, _works(), asked.rounds)
-    plot(everything, asked.output.with_suffix(".png"))
+        # After each, so that a run that is stopped has not been for nothing.
+        plot(merge(asked.output, results, _works(), asked.rounds), asked.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
