@@ -143,14 +143,19 @@ def average(
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each model and state. Nothing where matplotlib is missing."""
+    """A panel for each model and state that was measured. Nothing where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no plot: matplotlib is not installed")
         return
-    figure: Any = Figure(figsize=(13, 8), layout="constrained")
-    axes = dict(zip(_works(), figure.subplots(2, 3, sharey=True).T.flat, strict=True))
+    works = list(dict.fromkeys(entry["work"] for entry in results))
+    columns = -(-len(works) // 2)
+    figure: Any = Figure(figsize=(1 + 4 * columns, 8), layout="constrained")
+    panels = list(figure.subplots(2, columns, sharey=True, squeeze=False).T.flat)
+    for panel in panels[len(works) :]:
+        panel.remove()
+    axes = dict(zip(works, panels, strict=False))
     labels = list(dict.fromkeys(entry["estimator"] for entry in results))
     for number, label in enumerate(labels):
         # Ten colours, then the same ones dashed.
