@@ -6,7 +6,7 @@ Digits, two layers of 16 units that take one of 4 values each, and a linear head
 sample the units and pass gradients through the samples (24 forward and 24 backward passes a row and
 step); the estimators see a network that takes the largest logit, whose derivative is zero wherever
 there is one, and put noise into the logits (24 forward passes a row and step). Three seeds, two
-sizes of the noise. Accuracy is that of the largest logits. Writes the record.
+learning rates, two noise sizes. Accuracy is that of the largest logits. Writes the record.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from fwdlearn.objectives import cross_entropy
 from fwdlearn.trainer import Trainer
 
 RECORD = Path(__file__).parent.parent / "records" / "discrete-units"
-SEEDS, RATES, SIGMAS = (0, 1, 2), (0.01,), (0.3, 1.0)
-FORWARDS, STEPS, EVERY = 24, 100, 20
+SEEDS, RATES, SIGMAS = (0, 1, 2), (0.003, 0.01), (0.3, 1.0)
+FORWARDS, STEPS, EVERY = 24, 300, 50
 UNITS, CHOICES = 16, 4
 REFERENCES = {"straight-through": straight_through, "ReinMax": reinmax}
 # Noise is absolute for the one and relative to a layer's output for the other.
