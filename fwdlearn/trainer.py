@@ -28,6 +28,7 @@ from fwdlearn.keys import Key
 from fwdlearn.local import learn_locally, local_rows
 from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
 from fwdlearn.oracle import ActivationOracle, ModelOracle, forbid_backward, require
+from fwdlearn.progress import Journal, Progress, Window
 from fwdlearn.signals import check_signals, measured, read
 
 
@@ -53,13 +54,13 @@ class _Step:
 
     Args:
         estimate: with all queries of the step, those for signals too.
-        plan: that it was made with.
+        plan: that it was made with; None where it comes from a journal.
         signals: that the plan was made of.
         names: of the parameters that it is about.
     """
 
     estimate: Estimate
-    plan: Plan
+    plan: Plan | None
     signals: Mapping[str, Tensor]
     names: tuple[str, ...]
 
@@ -69,39 +70,6 @@ class _Step:
         rows = {name: value.detach().cpu() for name, value in made.rows.items()}
         variance = float(made.info.get("variance", math.nan))
         return Feedback(float(made.loss), sum(square_norms.values()), square_norms, variance, rows)
-
-
-@dataclass
-class _Window:
-    """Sums over the steps since the last record."""
-
-    steps: int = 0
-    loss: float = 0.0
-    square_norm: float = 0.0
-    variance: float = 0.0
-    queries: int = 0
-    nonfinite: int = 0
-    seconds: float = 0.0
-
-    def add(self, estimate: Estimate, square_norm: float, seconds: float) -> None:
-        info = estimate.info
-        self.steps += 1
-        self.loss += float(estimate.loss)
-        self.square_norm += square_norm
-        self.variance += float(info.get("variance", math.nan))
-        self.queries += estimate.queries
-        self.nonfinite += int(info.get("nonfinite", 0))
-        self.seconds += seconds
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "train.loss": self.loss / self.steps,
-            "grad.norm": math.sqrt(self.square_norm / self.steps),
-            # The squared norm of an estimate is that of the gradient plus the variance.
-            "snr": (self.square_norm - self.variance) / self.variance if self.variance else None,
-            "queries_per_second": self.queries / self.seconds if self.seconds else None,
-            "nonfinite": self.nonfinite,
-        }
 
 
 class Trainer:
@@ -132,6 +100,7 @@ class Trainer:
         memory_budget: bytes that a forward pass of queries may take at its peak.
         compile: whether folded passes run as compiled graphs; slow to start, off by default.
         sinks: told of the start, of every record and of the end.
+        journal: told of every step; a run that has one can be gone on with.
 
     Raises:
         UsageError: a setting is out of range, or the parts do not fit each other.
@@ -160,6 +129,7 @@ class Trainer:
         memory_budget: int | None = None,
         compile: bool = False,
         sinks: Sequence[Reporter] = (),
+        journal: Journal | None = None,
     ) -> None:
         counts = {
             "batch_size": batch_size,
@@ -192,8 +162,7 @@ class Trainer:
         self.device, self.seed, self.train_mode = device, seed, train_mode
         self.evaluate_every, self.log_every = evaluate_every, log_every
         self.evaluation_batch_size = evaluation_batch_size
-        self.sinks = sinks
-        self._scheduled = 0
+        self.sinks, self.journal = sinks, journal or Journal()
         self.key = Key.root(seed)
         self.engine: Engine | Calls
         if isinstance(model, BlackBox):
@@ -212,51 +181,49 @@ class Trainer:
         Raises:
             NonFiniteError: losses or gradients are no longer finite.
         """
-        begun, before = time.monotonic(), in_use_bytes(self.device)
+        before = in_use_bytes(self.device)
         with self._mode(self.train_mode):
+            self._choose()
+            at = self.journal.resume(self, self.start())
             choice = self._choose()
+            begun = time.monotonic() - at.seconds
             self._tell("start", self._meta())
-            state, plans = self.estimator.init(self.engine.params), self.allocator.init()
-            step = spent = 0
-            window, last = _Window(), {}
-            scores: dict[str, float] = {}
-            while self._affords(step, spent, plans):
-                step += 1
+            while self._affords(at):
+                at.step += 1
                 started = time.monotonic()
-                made, state, plans = self._estimate(step - 1, state, plans)
+                made = self._made(at)
                 if self.engine.choice is not choice:
                     choice = self._choose()
                     stepped = {"engine.rung": choice.rung, "engine.reason": choice.reason}
-                    self._log(step, spent, begun, stepped)
+                    self._log(at, begun, stepped)
+                self.journal.append(at, made.estimate)
                 lr = self.optimizer.param_groups[0]["lr"]
-                square_norms = self._update(made.estimate, made.names)
-                feedback = made.feedback(square_norms)
-                plans = self.allocator.observe(made.plan, made.signals, feedback, plans)
-                spent += made.estimate.queries + self._learn(step - 1)
-                self._reschedule(step, spent)
-                window.add(made.estimate, feedback.square_norm, time.monotonic() - started)
+                with self.journal.whole():
+                    self._advance(at, made, started)
                 # What it holds goes before the next one is made.
                 del made
-                if step % self.log_every == 0 or not self._affords(step, spent, plans):
-                    last = window.record()
+                if at.step % self.log_every == 0 or not self._affords(at):
+                    at.last = at.window.record()
                     noted = {f"optimizer.{name}": value for name, value in self._noted().items()}
-                    self._log(step, spent, begun, {"lr": float(lr), **last, **noted})
-                    window = _Window()
-                if self.evaluate_every and step % self.evaluate_every == 0:
-                    scores = self._evaluated(step, spent, begun)
+                    self._log(at, begun, {"lr": float(lr), **at.last, **noted})
+                    at.window = Window()
+                if self.evaluate_every and at.step % self.evaluate_every == 0:
+                    at.scores = self._evaluated(at, begun)
+                at.seconds = time.monotonic() - begun
+                self.journal.stepped(at)
             if self.data.evaluation is not None and (
-                not self.evaluate_every or step % self.evaluate_every
+                not self.evaluate_every or at.step % self.evaluate_every
             ):
-                scores = self._evaluated(step, spent, begun)
+                at.scores = self._evaluated(at, begun)
         summary = {
             "status": "finished",
-            "steps": step,
-            "queries": spent,
-            "forwards": spent / self.batch_size,
+            "steps": at.step,
+            "queries": at.spent,
+            "forwards": at.spent / self.batch_size,
             "seconds": time.monotonic() - begun,
-            "train.loss": last.get("train.loss"),
-            "eval.loss": scores.get("loss"),
-            "eval.accuracy": scores.get("accuracy"),
+            "train.loss": at.last.get("train.loss"),
+            "eval.loss": at.scores.get("loss"),
+            "eval.accuracy": at.scores.get("accuracy"),
             "memory.start_bytes": before,
             "memory.peak_bytes": peak_bytes(self.device),
             "memory.weights_bytes": weights_bytes(self.model),
@@ -297,6 +264,7 @@ class Trainer:
             nonlocal step, state, plan
             step += 1
             made, state, _ = self._estimate(step, state, first)
+            assert made.plan is not None
             plan = made.plan
             return made.estimate
 
@@ -354,6 +322,32 @@ class Trainer:
         with self._mode(False), forbid_backward(), torch.inference_mode():
             return footprint(run, device).bytes(rows)
 
+    def start(self) -> Progress:
+        """Before the first step."""
+        return Progress(self.estimator.init(self.engine.params), self.allocator.init())
+
+    def step_key(self, step: int) -> Key:
+        """Of the randomness of a step's estimate, steps numbered from 0."""
+        return self.key.fold("step").fold(step)
+
+    def _made(self, at: Progress) -> _Step:
+        """The estimate of the step `at.step`, which counts from 1: from the journal, or made."""
+        known = self.journal.recorded(at)
+        if known is not None:
+            return _Step(known, None, {}, tuple(self.engine.params))
+        made, at.state, at.plans = self._estimate(at.step - 1, at.state, at.plans)
+        return made
+
+    def _advance(self, at: Progress, made: _Step, started: float) -> None:
+        """Everything that an estimate changes."""
+        square_norms = self._update(made.estimate, made.names)
+        feedback = made.feedback(square_norms)
+        if made.plan is not None:
+            at.plans = self.allocator.observe(made.plan, made.signals, feedback, at.plans)
+        at.spent += made.estimate.queries + self._learn(at.step - 1)
+        self._reschedule(at)
+        at.window.add(made.estimate, feedback.square_norm, time.monotonic() - started)
+
     def _order(self, epoch: int) -> Tensor:
         if getattr(self, "_ordered", (None,))[0] != epoch:
             key = self.key.fold("data").fold(epoch)
@@ -361,7 +355,7 @@ class Trainer:
         return self._ordered[1]
 
     def _estimate(self, step: int, state: Any, plans: Any) -> tuple[_Step, Any, Any]:
-        key, batch = self.key.fold("step").fold(step), self.batch(step)
+        key, batch = self.step_key(step), self.batch(step)
         oracle = self._oracle(batch, key.fold("dropout"))
         keep = self.estimator.traits.needs is ActivationOracle
         signals = read(self.allocator.signals, oracle, batch, self.examples(step), keep)
@@ -402,11 +396,11 @@ class Trainer:
         with self._mode(False), forbid_backward():
             return learn_locally(self.model, self.batch(step))
 
-    def _affords(self, step: int, spent: int, plans: Any) -> bool:
+    def _affords(self, at: Progress) -> bool:
         if self.budget is None:
             assert self.steps is not None
-            return step < self.steps
-        return spent + self._cost(plans) <= self.budget
+            return at.step < self.steps
+        return at.spent + self._cost(at.plans) <= self.budget
 
     @torch.no_grad()
     def _update(self, estimate: Estimate, names: Iterable[str]) -> dict[str, float]:
@@ -425,14 +419,16 @@ class Trainer:
             parameter.grad = None
         return square_norms
 
-    def _reschedule(self, step: int, spent: int) -> None:
+    def _reschedule(self, at: Progress) -> None:
         """Brings the schedule to where the run is, measured in what it has steps or queries for."""
         if self.schedule is None:
             return
-        due = step if self.budget is None else spent // self._cost(self.allocator.init())
-        while self._scheduled < due:
+        due = at.step
+        if self.budget is not None:
+            due = at.spent // self._cost(self.allocator.init())
+        while at.scheduled < due:
             self.schedule.step()
-            self._scheduled += 1
+            at.scheduled += 1
 
     def _noted(self) -> Mapping[str, float]:
         """What the optimizer has to say beside its steps."""
@@ -493,14 +489,14 @@ class Trainer:
             "reason": choice.reason,
         }
 
-    def _evaluated(self, step: int, spent: int, begun: float) -> dict[str, float]:
+    def _evaluated(self, at: Progress, begun: float) -> dict[str, float]:
         scores = self.evaluate()
         record = {f"eval.{name}": value for name, value in scores.items()}
-        self._log(step, spent, begun, record)
+        self._log(at, begun, record)
         return scores
 
-    def _log(self, step: int, spent: int, begun: float, record: Mapping[str, Any]) -> None:
-        head = {"step": step, "queries": spent, "seconds": time.monotonic() - begun}
+    def _log(self, at: Progress, begun: float, record: Mapping[str, Any]) -> None:
+        head = {"step": at.step, "queries": at.spent, "seconds": time.monotonic() - begun}
         self._tell("log", {**head, **record})
 
     def _tell(self, event: str, message: dict[str, Any]) -> None:

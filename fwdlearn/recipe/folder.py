@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fwdlearn.errors import StorageError, UsageError
+from fwdlearn.errors import UsageError
+from fwdlearn.ledger.files import replace_file, storing
+from fwdlearn.ledger.journal import LEDGER
 from fwdlearn.sinks.jsonl import plain
 
 OURS = (
-    "recipe.yaml resolved.yaml env.json metrics.jsonl summary.json model tensorboard wandb".split()
-)
-"""Everything that a run writes; nothing else in a folder is ever touched."""
+    "ledger.bin snapshots summary.json metrics.jsonl model tensorboard wandb env.json recipe.yaml "
+    "resolved.yaml"
+).split()
+"""Everything that a run writes; nothing else in a folder is ever touched. In the order in which it
+is removed: a folder that a crash left half empty still says that a run was there."""
 
 
 class RunFolder:
@@ -32,34 +35,28 @@ class RunFolder:
 
     @classmethod
     def named(cls, path: Path, overwrite: bool) -> RunFolder:
-        """The folder that the user named, emptied of an earlier run's files.
+        """The folder that the user named, with the run that it holds unless that is replaced.
 
         Raises:
-            UsageError: it holds something else, a finished run, or a run that is going on.
+            UsageError: it holds something else, or a run that is going on.
             StorageError: it cannot be made or emptied.
         """
         with storing(path):
             path.mkdir(parents=True, exist_ok=True)
-            present = sorted(entry.name for entry in path.iterdir())
+            entries = sorted(entry.name for entry in path.iterdir())
+            present = [name for name in entries if not _is_partial(name)]
         if present and not (path / "resolved.yaml").exists() and not overwrite:
             raise UsageError(
                 f"{path} is not empty and holds no run (it has {', '.join(present[:3])}); choose "
                 "another output.dir, or output.overwrite=true to add a run's files to it."
             )
         folder = cls(path)
-        if status(path) == "finished" and not overwrite:
-            folder.close()
-            raise UsageError(
-                f"{path} holds a finished run; choose another output.dir, or "
-                "output.overwrite=true to replace it."
-            )
         with storing(path):
-            for name in OURS:
-                old = path / name
-                if old.is_dir() and not old.is_symlink():
-                    shutil.rmtree(old)
-                else:
-                    old.unlink(missing_ok=True)
+            for name in filter(_is_partial, entries):
+                _remove(path / name)
+        # One that has finished, or that its ledger can continue.
+        if overwrite or not (status(path) == "finished" or (path / LEDGER).exists()):
+            folder.empty()
         return folder
 
     @classmethod
@@ -76,20 +73,17 @@ class RunFolder:
                     continue
             return cls(candidate)
 
+    def empty(self) -> None:
+        """Removes an earlier run's files."""
+        with storing(self.path):
+            for name in OURS:
+                _remove(self.path / name)
+
     def write(self, name: str, text: str) -> None:
         """Writes a file so that a reader sees all of it or the one before."""
         target = self.path / name
         with storing(target):
-            partial = self.path / f".{name}.partial"
-            try:
-                with partial.open("w", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(partial, target)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
+            replace_file(target, lambda file: file.write(text.encode()))
 
     def write_json(self, name: str, data: Any) -> None:
         """The same with plain values; numbers that are not finite become null."""
@@ -102,6 +96,18 @@ class RunFolder:
             self._lock = None
 
 
+def _is_partial(name: str) -> bool:
+    """Whether a crash left it behind."""
+    return name.startswith(".") and name.endswith(".partial") and name[1:-8] in OURS
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def status(path: Path) -> str | None:
     """What the summary in a run's folder says, or None when there is none to read."""
     try:
@@ -111,16 +117,30 @@ def status(path: Path) -> str | None:
     return summary.get("status") if isinstance(summary, dict) else None
 
 
-@contextmanager
-def storing(path: Path) -> Iterator[None]:
-    """Inside, errors of the file system become StorageErrors about `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be written: {error.strerror or error}; free some space or choose "
-            "another folder with output.dir=DIR"
-        ) from error
+def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """How the courses of two resolved recipes differ: `key is A there and B here`, each."""
+    there, here = _flat(course(held)), _flat(course(wanted))
+    absent = "absent"
+    return [
+        f"{key} is {there.get(key, absent)} there and {here.get(key, absent)} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key, absent) != here.get(key, absent)
+    ]
+
+
+def course(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a resolved recipe that decides the course of its run."""
+    return {name: value for name, value in resolved.items() if name not in _BESIDE}
+
+
+_BESIDE = ("output", "tracking", "compare")
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    parts = (_flat(part, f"{key}.{name}" if key else str(name)) for name, part in value.items())
+    return {name: inner for part in parts for name, inner in part.items()}
 
 
 def _lock(path: Path) -> int | None:

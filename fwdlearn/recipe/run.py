@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import sys
 import threading
@@ -10,15 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from fwdlearn.errors import FwdlearnError, UsageError
+from fwdlearn.ledger.journal import LEDGER, RunJournal
 from fwdlearn.recipe.build import Assembly, assemble, device_of
 from fwdlearn.recipe.environment import environment
-from fwdlearn.recipe.folder import RunFolder
+from fwdlearn.recipe.folder import RunFolder, course, differences, status
 from fwdlearn.recipe.load import Recipe
 from fwdlearn.recipe.source import Problem
-from fwdlearn.recipe.text import dump
+from fwdlearn.recipe.text import dump, parse
 from fwdlearn.recipe.weights import save_model
 from fwdlearn.sinks import Record, Sink
 from fwdlearn.sinks.background import Background
@@ -45,6 +48,9 @@ class Interrupted(BaseException):
 def train(recipe: Recipe, console: Console | None = None) -> tuple[dict[str, Any], Path]:
     """Trains, and leaves a folder with everything about the run.
 
+    A folder that holds the run already is gone on with where that run came to; nothing is done
+    where it has finished.
+
     Args:
         recipe: from `load_recipe`.
         console: where progress is shown; nowhere when not given.
@@ -54,14 +60,16 @@ def train(recipe: Recipe, console: Console | None = None) -> tuple[dict[str, Any
 
     Raises:
         FwdlearnError: as the summary then says, with status `failed`.
-        Interrupted: SIGINT or SIGTERM came; the summary has status `interrupted`, and the weights
-            reached so far are saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; the summary has status `interrupted`, the
+            weights reached so far are saved, and the run can be gone on with.
     """
     folder = _open(recipe)
     run = _Run(recipe, folder, console)
     try:
-        with stoppable():
-            return run.carry_out(), folder.path
+        if status(folder.path) == "finished":
+            return run.told(), folder.path
+        with stoppable() as stop:
+            return run.carry_out(stop), folder.path
     except BaseException as error:
         run.record_failure(error)
         raise
@@ -78,27 +86,45 @@ class _Run:
         self.console = console
         self.sinks: list[Sink] = []
         self.assembly: Assembly | None = None
+        self.journal: RunJournal | None = None
         self.reached: dict[str, Any] = {}
         self.reporting = False
 
-    def carry_out(self) -> dict[str, Any]:
+    def told(self) -> dict[str, Any]:
+        """The summary of a run that has finished already."""
+        summary: dict[str, Any] = json.loads((self.folder.path / "summary.json").read_text("utf-8"))
+        self.say(f"{self.folder.path} has finished already, after {summary.get('steps')} steps")
+        return summary
+
+    def carry_out(self, stop: Stop) -> dict[str, Any]:
         recipe, folder = self.recipe, self.folder
         resolved = recipe.resolved()
         resolved["output"]["dir"] = str(folder.path)
-        folder.write("recipe.yaml", recipe.source.text)
+        # First, because it is what makes a folder that of a run.
         folder.write("resolved.yaml", dump(resolved))
-        record = environment(device_of(recipe))
-        record["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        folder.write_json("env.json", record | {"overrides": list(recipe.source.overrides)})
+        folder.write("recipe.yaml", recipe.source.text)
+        record = environment(device_of(recipe)) | {"overrides": list(recipe.source.overrides)}
+        folder.write_json("env.json", record | self._times())
         folder.write_json("summary.json", {"status": "running", "seed": recipe.seed})
-        self.sinks = [self, JsonLines(folder.path / "metrics.jsonl")]
+        metrics = JsonLines(folder.path / "metrics.jsonl")
+        self.sinks = [self, metrics]
         if self.console is not None:
             self.sinks.append(self.console)
         for component in recipe.sinks:
             sink = component(folder=folder.path, config=resolved, warn=self.warn)
             self.sinks.append(Background(sink, component.name, self.warn))
         self.assembly = assemble(recipe, self.sinks)
+        self.journal = self.assembly.trainer.journal = RunJournal(
+            folder.path,
+            course(resolved),
+            metrics,
+            self.say,
+            self.warn,
+            recipe.output.snapshot_seconds,
+            stop.hold,
+        )
         summary = self.assembly.trainer.train()
+        self.journal.close()
         self.save_model()
         folder.write_json("summary.json", summary)
         return dict(summary)
@@ -117,6 +143,9 @@ class _Run:
         }
         # The error that is under way tells more than one that follows from it.
         with suppress(FwdlearnError):
+            if self.journal is not None:
+                self.journal.close()
+        with suppress(FwdlearnError):
             self.folder.write_json("summary.json", summary)
         if self.reporting:
             for sink in self.sinks:
@@ -133,11 +162,24 @@ class _Run:
         description = {"name": model.name, "target": model.target, "arguments": model.settings}
         save_model(built.module, self.folder.path / "model", description, built.save)
 
+    def say(self, message: str) -> None:
+        if self.console is not None:
+            self.console.say(message)
+
     def warn(self, message: str) -> None:
         if self.console is not None:
             self.console.warn(message)
         else:
             print(f"warning: {message}", file=sys.stderr)
+
+    def _times(self) -> dict[str, Any]:
+        """When the run started, and when it was gone on with."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        try:
+            before = json.loads((self.folder.path / "env.json").read_text("utf-8"))
+            return {"started": before["started"], "continued": [*before.get("continued", []), now]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {"started": now}
 
     def start(self, meta: Record) -> None:
         self.reporting = True
@@ -156,35 +198,98 @@ _SUMMARISED = ("queries", "seconds", "train.loss", "eval.loss", "eval.accuracy")
 
 
 def _open(recipe: Recipe) -> RunFolder:
-    if recipe.output.dir is None:
-        return RunFolder.next_free(Path("runs") / recipe.name)
     try:
-        return RunFolder.named(Path(recipe.output.dir).expanduser(), recipe.output.overwrite)
+        if recipe.output.dir is None:
+            return _unfinished(recipe) or RunFolder.next_free(Path("runs") / recipe.name)
+        path = Path(recipe.output.dir).expanduser()
+        folder = RunFolder.named(path, recipe.output.overwrite)
+        try:
+            if (path / "resolved.yaml").exists():
+                _check_same(path, recipe)
+        except BaseException:
+            folder.close()
+            raise
+        return folder
     except UsageError as error:
         raise recipe.error([Problem(("output", "dir"), str(error))]) from error
 
 
+def _unfinished(recipe: Recipe) -> RunFolder | None:
+    """The last of the folders that are named after the recipe, if its run is this one."""
+    path, number, last = Path("runs") / recipe.name, 1, None
+    while path.exists():
+        number, last = number + 1, path
+        path = path.with_name(f"{recipe.name}-{number}")
+    if last is None or not (last / LEDGER).exists() or status(last) == "finished":
+        return None
+    if differences(_held(last), recipe.resolved()):
+        return None
+    try:
+        return RunFolder.named(last, overwrite=False)
+    except UsageError:
+        return None  # it is going on
+
+
+def _check_same(path: Path, recipe: Recipe) -> None:
+    differing = differences(_held(path), recipe.resolved())
+    if differing:
+        done = "a finished run" if status(path) == "finished" else "a run"
+        raise UsageError(
+            f"{path} holds {done} of another recipe: {'; '.join(differing)}. Choose another "
+            "output.dir, or output.overwrite=true to replace it."
+        )
+
+
+def _held(path: Path) -> dict[str, Any]:
+    """The resolved recipe of the run in a folder."""
+    return parse((path / "resolved.yaml").read_text("utf-8"), str(path))[0].data
+
+
+class Stop:
+    """Lets signals wait for the end of what must not be cut in two."""
+
+    def __init__(self) -> None:
+        self.holding = False
+        self.waiting: int | None = None
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Inside, a signal is noted; it is raised at the end."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.waiting is not None:
+            raise Interrupted(self.waiting)
+
+
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted; a second one meets the handlers of before."""
+def stoppable() -> Iterator[Stop]:
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted; a second one meets the handlers of before."""
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stop
         return
 
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         restore()
-        raise Interrupted(number)
+        if not stop.holding:
+            raise Interrupted(number)
+        stop.waiting = number
 
-    before = {number: signal.signal(number, interrupt) for number in _STOPPING}
+    # One that the parent has set to be ignored, as nohup does, stays so.
+    asked = [n for n in _STOPPING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in asked}
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     try:
-        yield
+        yield stop
     finally:
         restore()
 
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])]

@@ -63,8 +63,9 @@ class OutputSection(_Section):
     dir: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="the run's folder; runs/<recipe> when not given"
     )
-    overwrite: bool = Field(
-        default=False, description="replace a finished run that is there already"
+    overwrite: bool = Field(default=False, description="replace a run that is there already")
+    snapshot_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=60.0, description="between snapshots, at least; what a crash makes run again"
     )
 
 

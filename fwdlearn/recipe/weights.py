@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fwdlearn.errors import MissingError, StorageError
-from fwdlearn.recipe.folder import storing
+from fwdlearn.ledger.files import storing, sync_file, sync_folder
 
 DESCRIPTION = "model.json"
 _WEIGHTS = "model.safetensors"
@@ -50,8 +50,12 @@ def save_model(
             (partial / DESCRIPTION).write_text(text, "utf-8")
             # safetensors makes files that nobody else can read.
             shutil.copymode(partial / DESCRIPTION, partial / _WEIGHTS)
+        for path in (entry for entry in partial.rglob("*") if entry.is_file()):
+            sync_file(path)
+        sync_folder(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        sync_folder(folder.parent)
 
 
 def load_model(module: nn.Module, folder: Path) -> None:

@@ -96,6 +96,10 @@ class Console:
             line += f"; peak memory {summary['memory.peak_bytes'] / 2**20:,.0f} MiB"
         self._say(Text(line, style="bold green" if status == "finished" else "bold yellow"))
 
+    def say(self, message: str) -> None:
+        """One line of plain text, with the same care."""
+        self._say(Text(message))
+
     def warn(self, message: str) -> None:
         """One line that does not tear the display."""
         self._say(Text(f"warning: {message}", style="yellow"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,15 +19,32 @@ class JsonLines:
 
     Args:
         path: the file; replaced when the run starts.
+
+    Attributes:
+        keep: bytes at its start to keep instead, of a run that goes on.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.keep = 0
         self._file: TextIO | None = None
 
     def start(self, meta: Record) -> None:
         try:
-            self._file = self.path.open("w", buffering=1, encoding="utf-8")
+            if self.path.is_file() and self.path.stat().st_size > self.keep:
+                os.truncate(self.path, self.keep)
+            self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def sync(self) -> int:
+        """Makes the records durable; returns how many bytes they are."""
+        if self._file is None:
+            return self.keep
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise self._failure(error) from error
 

@@ -1,0 +1,271 @@
+"""What a run writes down while it trains, and how it comes back by that after any end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fwdlearn.allocator import Allocator
+from fwdlearn.directions import Directions
+from fwdlearn.errors import StorageError, UsageError
+from fwdlearn.estimator import Estimate
+from fwdlearn.gradient import DirectionGradient
+from fwdlearn.ledger import snapshots
+from fwdlearn.ledger.header import beginning, family, unlike
+from fwdlearn.ledger.records import Ledger, LedgerWriter, Record, same
+from fwdlearn.ledger.state import State, held, put_back
+from fwdlearn.progress import Journal, Progress
+
+if TYPE_CHECKING:
+    from fwdlearn.trainer import Trainer
+
+LEDGER, SNAPSHOTS = "ledger.bin", "snapshots"
+# How many times what it costs passes between two snapshots.
+_COSTS = 50
+
+
+class Lines(Protocol):
+    """The file of metrics, which goes back together with the run."""
+
+    path: Path
+    keep: int
+
+    def sync(self) -> int: ...
+
+
+class RunJournal(Journal):
+    """The ledger and the snapshots of a run folder.
+
+    Going on takes the newest snapshot that is sound, and the records after it. A step whose record
+    tells all of it is applied from there, without a forward pass; any other is made again, which
+    gives the same because all chance is named by (seed, step), and compared with its record.
+
+    Args:
+        folder: the run's.
+        recipe: what decides the course of the run, as plain values; kept in the ledger.
+        metrics: cut back to where the run goes on.
+        say, warn: told, in one line each, where that is, and what stood in the way.
+        seconds: between snapshots, at least: what a run that goes on has to make again.
+        whole: around each update; see `Journal`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Mapping[str, Any],
+        metrics: Lines | None = None,
+        say: Callable[[str], None] = lambda message: None,
+        warn: Callable[[str], None] = lambda message: None,
+        seconds: float = 60.0,
+        whole: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.whole = whole
+        self.folder, self.recipe, self.metrics = folder, recipe, metrics
+        self.say, self.warn, self.seconds = say, warn, seconds
+        self._ledger: Ledger | None = None
+        self._writer: LedgerWriter | None = None
+        self._header: dict[str, Any] = {}
+        self._due = math.inf
+        self._tried = False
+
+    def resume(self, trainer: Trainer, at: Progress) -> Progress:
+        """See `Journal.resume`.
+
+        Raises:
+            StorageError: the ledger is damaged before its end.
+            UsageError: the run began with other weights or data.
+        """
+        self._trainer, path = trainer, self.folder / LEDGER
+        self._choice = trainer.engine.choice
+        self._header = beginning(trainer, self.recipe)
+        self._due = time.monotonic() + self.seconds
+        if not path.exists():
+            return at
+        ledger = self._ledger = Ledger(path)
+        other = unlike(ledger.header, self._header)
+        if other.fatal:
+            raise UsageError(f"{self.folder} cannot be gone on with: {other.fatal}")
+        if other.rounding and ledger.steps:
+            self.warn(
+                f"{other.rounding}; what is computed from here on may round otherwise than it "
+                "would have"
+            )
+        self._header = ledger.header
+        if ledger.torn:
+            self.say(f"{path}: the last record was cut short ({ledger.torn} bytes), and is left")
+        if ledger.steps:
+            self._warm(trainer)
+        found = self._newest(ledger)
+        if found is not None:
+            at = put_back(found, trainer)
+        self._choice = trainer.engine.choice
+        self._writer = LedgerWriter(path, ledger.end, ledger.hash(ledger.steps))
+        came = f"the snapshot of step {at.step}" if found else "the first step"
+        self.say(
+            f"goes on at step {ledger.steps}: from {came}, "
+            f"{ledger.steps - at.step} more from the ledger"
+        )
+        return at
+
+    def recorded(self, at: Progress) -> Estimate | None:
+        """See `Journal.recorded`."""
+        if self._ledger is None or at.step > self._ledger.steps:
+            return None
+        record = self._ledger.record(at.step)
+        return estimate_of(record, self._header, self._trainer) if record.alone else None
+
+    def append(self, at: Progress, estimate: Estimate) -> None:
+        """See `Journal.append`."""
+        trainer, stayed = self._trainer, self._trainer.engine.choice is self._choice
+        self._choice = trainer.engine.choice
+        if self._writer is None:
+            self._header["family"] = family(estimate.grad)
+            self._writer = LedgerWriter.create(self.folder / LEDGER, self._header)
+        record = record_of(at, estimate, self._header, trainer, stayed)
+        if self._ledger is not None and at.step <= self._ledger.steps:
+            known = self._ledger.record(at.step)
+            # A step from the ledger may say of itself that it stayed where it was.
+            if known.alone or same(known, record):
+                return
+            self._replace_from(self._ledger, at.step)
+        self._writer.append(record)
+
+    def stepped(self, at: Progress) -> None:
+        """See `Journal.stepped`."""
+        if not self._tried:
+            self._tried = True
+            try:
+                held(self._trainer, at)
+            except TypeError as error:
+                self.warn(f"no snapshots can be made ({error}); going on starts at the first step")
+                self.seconds = math.inf
+                self._due = math.inf
+        if time.monotonic() >= self._due:
+            self.snapshot(at)
+
+    def snapshot(self, at: Progress) -> None:
+        """Stores all that the run holds now, and what it rests on first."""
+        assert self._writer is not None
+        begun = time.monotonic()
+        self._writer.sync()
+        position = self.metrics.sync() if self.metrics is not None else 0
+        state = held(self._trainer, at)
+        meta = {**state.meta, "ledger": self._writer.running.hex(), "metrics": position}
+        known = snapshots.Snapshot(meta, state.tensors)
+        snapshots.store(self.folder / SNAPSHOTS, at.step, known)
+        now = time.monotonic()
+        self._due = now + max(self.seconds, _COSTS * (now - begun))
+
+    def close(self) -> None:
+        """Makes the ledger durable."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            try:
+                writer.sync()
+            finally:
+                writer.close()
+
+    def _newest(self, ledger: Ledger) -> State | None:
+        """The newest snapshot that is sound and belongs to the ledger."""
+        for step, found in snapshots.valid(self.folder / SNAPSHOTS):
+            if isinstance(found, StorageError):
+                self.warn(f"{found}; the one before it is taken")
+                continue
+            known = step <= ledger.steps and found.meta["ledger"] == ledger.hash(step).hex()
+            if not known or not self._cut_metrics(found.meta["metrics"]):
+                self.warn(f"the snapshot of step {step} does not belong to this run's files")
+                continue
+            return State(found.meta, found.tensors)
+        return None
+
+    def _cut_metrics(self, position: int) -> bool:
+        if self.metrics is None:
+            return True
+        path = self.metrics.path
+        if position and (not path.exists() or path.stat().st_size < position):
+            return False
+        self.metrics.keep = position
+        return True
+
+    def _replace_from(self, ledger: Ledger, step: int) -> None:
+        self.warn(
+            f"step {step} came out otherwise than its record says, on another machine perhaps, or "
+            "because something in the step does not repeat; its record and those after it are "
+            "written anew"
+        )
+        assert self._writer is not None
+        self._writer.close()
+        self._ledger = None
+        self._writer = LedgerWriter(ledger.path, ledger.end_of(step - 1), ledger.hash(step - 1))
+
+    def _warm(self, trainer: Trainer) -> None:
+        """Lets the engine decide what it decided when the run began, with the weights of then."""
+        before = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+        start = trainer.start()
+        trainer._estimate(0, start.state, start.plans)
+        with torch.inference_mode():
+            for name, buffer in trainer.model.named_buffers():
+                buffer.copy_(before[name])
+
+
+def estimate_of(record: Record, header: Mapping[str, Any], trainer: Trainer) -> Estimate:
+    """The estimate that a record with coefficients holds."""
+    assert record.coefficients is not None
+    made = header["family"]
+    params = trainer.engine.params
+    directions = Directions(
+        trainer.step_key(record.step - 1),
+        params,
+        len(record.coefficients),
+        made["law"],
+        made["rank"],
+        made["scales"],
+    )
+    coefficients = record.coefficients.to(directions.device)
+    info: dict[str, Tensor] = {
+        "variance": torch.tensor(record.variance, dtype=torch.float64),
+        "nonfinite": torch.tensor(record.nonfinite),
+    }
+    loss = torch.tensor(record.loss, dtype=torch.float64)
+    return Estimate(DirectionGradient(directions, coefficients), loss, record.queries, info)
+
+
+def record_of(
+    at: Progress, estimate: Estimate, header: Mapping[str, Any], trainer: Trainer, stayed: bool
+) -> Record:
+    """The record of the step `at.step`.
+
+    Args:
+        at: with the states after the estimate.
+        estimate: of the step.
+        header: of the ledger.
+        trainer: that makes the step.
+        stayed: whether the engine is on the rung that it was on before the step.
+    """
+    grad, coefficients = estimate.grad, None
+    if isinstance(grad, DirectionGradient) and header["family"] is not None:
+        key = trainer.step_key(at.step - 1)
+        if family(grad) == header["family"] and grad.directions.key == key:
+            # As the gradient uses them: nothing is lost.
+            wide = any(site.dtype == torch.float64 for site in grad.directions.sites.values())
+            dtype = torch.float64 if wide else torch.float32
+            coefficients = grad.coefficients.detach().to("cpu", dtype)
+    lasting = type(trainer.allocator).observe is not Allocator.observe
+    alone = coefficients is not None and at.state is None and at.plans is None and not lasting
+    info = estimate.info
+    return Record(
+        at.step,
+        estimate.queries,
+        int(info.get("nonfinite", 0)),
+        float(estimate.loss),
+        float(info.get("variance", math.nan)),
+        alone and stayed,
+        coefficients,
+    )

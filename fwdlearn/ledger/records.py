@@ -1,0 +1,312 @@
+"""The ledger: a file that grows by one record a step, written before the step changes anything.
+
+    file    = "FWDLEDG1" length:u32 header hash_0        header: canonical JSON, at most 64 MB
+    record  = step:u64 count:u32 queries:u32 nonfinite:u32 loss:f64 variance:f64
+              kind:u8 flags:u8 spare:u16 crc:u32          of what stands before it in the record
+              coefficients, `count` of them               kind 0 none, 1 float32, 2 float64
+              hash_n                                      BLAKE2b-128 of hash_{n-1} and the record
+
+Little-endian; 60 bytes a step beside the coefficients. The running hash makes a changed, dropped,
+repeated, moved or spliced record an error; steps are consecutive beside that. The CRC tells a
+record that was cut short by a crash, which is left out, from one that was damaged, which is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+import zlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fwdlearn.errors import StorageError
+from fwdlearn.ledger.files import replace_file, storing
+
+MAGIC = b"FWDLEDG1"
+_MOST_HEADER = 64 * 2**20
+_LENGTH = struct.Struct("<I")
+_HEAD = struct.Struct("<QIIIddBBH")
+_CRC = struct.Struct("<I")
+_HASH = 16
+_KINDS = {0: None, 1: torch.float32, 2: torch.float64}
+_SIZES = {0: 0, 1: 4, 2: 8}
+FRESH, ALONE = 0, 1
+"""Flags: nothing; that the coefficients are all that a step was, beside weights and optimizer."""
+# What is made durable at once: the share of the run's time that waiting for the disk may take.
+_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Record:
+    """A step before its update.
+
+    Args:
+        step: from 1.
+        queries: of the estimate.
+        nonfinite: queries that were dropped.
+        loss, variance: of the estimate.
+        alone: whether nothing but weights and optimizer lasts from this step to the next, so that
+            the coefficients tell all of it.
+        coefficients: [directions], float32 or float64 as the gradient uses them, on the CPU; None
+            where the gradient is no sum of named directions, and the step has to be made again.
+    """
+
+    step: int
+    queries: int
+    nonfinite: int
+    loss: float
+    variance: float
+    alone: bool
+    coefficients: Tensor | None
+
+    def body(self) -> bytes:
+        """Everything but the running hash."""
+        kind, payload, count = 0, b"", 0
+        if self.coefficients is not None:
+            kind = 2 if self.coefficients.dtype == torch.float64 else 1
+            count = len(self.coefficients)
+            payload = self.coefficients.contiguous().numpy().tobytes()
+        head = _HEAD.pack(
+            self.step,
+            count,
+            self.queries,
+            self.nonfinite,
+            self.loss,
+            self.variance,
+            kind,
+            ALONE if self.alone else FRESH,
+            0,
+        )
+        return head + _CRC.pack(zlib.crc32(head)) + payload
+
+
+class Ledger:
+    """A ledger that has been read and checked from its first byte to its last.
+
+    Attributes:
+        path: the file.
+        header: what the run began with.
+        steps: how many records there are.
+        end: bytes of the valid part.
+        torn: bytes after it that a crash cut short; they hold no whole record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._ends = array("Q")
+        with _reading(path), path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            self.header, hashed = _read_header(file, path)
+            self._first = file.tell()
+            self._hashes = [hashed]
+            self._scan(file, size)
+        self.torn = size - self.end
+
+    @property
+    def steps(self) -> int:
+        return len(self._ends)
+
+    @property
+    def end(self) -> int:
+        return self.end_of(self.steps)
+
+    def hash(self, step: int) -> bytes:
+        """The running hash after a step, 0 for that of the header."""
+        if not step:
+            return self._hashes[0]
+        with _reading(self.path), self.path.open("rb") as file:
+            file.seek(self._ends[step - 1] - _HASH)
+            return file.read(_HASH)
+
+    def end_of(self, step: int) -> int:
+        """Where the record of a step ends, 0 for the header."""
+        return self._ends[step - 1] if step else self._first
+
+    def record(self, step: int) -> Record:
+        """The record of a step, 1 <= step <= steps."""
+        with _reading(self.path), self.path.open("rb") as file:
+            file.seek(self.end_of(step - 1))
+            return _parse(file.read(self._ends[step - 1] - file.tell()))
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self.record(step) for step in range(1, self.steps + 1))
+
+    def _scan(self, file: BinaryIO, size: int) -> None:
+        running = self._hashes[0]
+        while True:
+            start = file.tell()
+            head = file.read(_HEAD.size + _CRC.size)
+            if len(head) < _HEAD.size + _CRC.size:
+                return
+            values = _HEAD.unpack_from(head)
+            step, count, kind = values[0], values[1], values[6]
+            if _CRC.unpack_from(head, _HEAD.size)[0] != zlib.crc32(head[: _HEAD.size]):
+                if not any(head) and not any(file.read()):
+                    return  # the system made the file longer and had no time to fill it
+                raise self._damaged(start, "is damaged")
+            if kind not in _SIZES:
+                raise self._damaged(start, f"is of the unknown kind {kind}")
+            payload = file.read(count * _SIZES[kind])
+            hashed = file.read(_HASH)
+            if len(hashed) < _HASH:
+                return
+            running = blake2b(running + head + payload, digest_size=_HASH).digest()
+            if running != hashed:
+                if not any(hashed) and not any(file.read()):
+                    return
+                raise self._damaged(start, "is damaged, or does not follow the one before it")
+            if step != self.steps + 1:
+                raise self._damaged(start, f"says that it is of step {step}")
+            self._ends.append(file.tell())
+
+    def _damaged(self, start: int, what: str) -> StorageError:
+        return StorageError(
+            f"{self.path}: the record of step {self.steps + 1}, at byte {start}, {what}; the first "
+            f"{self.steps} steps are sound: cut the file to {self.end} bytes to go on from there."
+        )
+
+
+class LedgerWriter:
+    """Appends records.
+
+    A record is handed to the system before its step changes anything, so it survives the end of
+    the process at once. It also survives the end of the system once it is synced, which is done at
+    once where that takes less than a hundredth of the time since it was done last, and otherwise
+    as soon as it would: what may be lost is computed again.
+
+    Args:
+        path: a ledger.
+        end: bytes of its valid part; what follows is cut off.
+        running: the running hash there.
+    """
+
+    def __init__(self, path: Path, end: int, running: bytes) -> None:
+        self.path, self.end, self.running = path, end, running
+        self._due = 0.0
+        with storing(path):
+            self._handle = os.open(path, os.O_RDWR)
+            os.ftruncate(self._handle, end)
+            os.lseek(self._handle, end, os.SEEK_SET)
+            os.fsync(self._handle)
+
+    @classmethod
+    def create(cls, path: Path, header: dict[str, Any]) -> LedgerWriter:
+        """A new ledger with a header and no records."""
+        text = _canonical(header)
+        begin = MAGIC + _LENGTH.pack(len(text)) + text
+        running = blake2b(begin, digest_size=_HASH).digest()
+        with storing(path):
+            replace_file(path, lambda file: file.write(begin + running))
+        return cls(path, len(begin) + _HASH, running)
+
+    def append(self, record: Record) -> None:
+        """Writes a record; see the class for when it is durable.
+
+        Raises:
+            StorageError: the file ends where it ended before.
+        """
+        body = record.body()
+        running = blake2b(self.running + body, digest_size=_HASH).digest()
+        with storing(self.path):
+            try:
+                left = memoryview(body + running)
+                while left:
+                    left = left[os.write(self._handle, left) :]
+                if time.monotonic() >= self._due:
+                    self._sync()
+            except OSError:
+                self._cut()
+                raise
+        self.end += len(body) + _HASH
+        self.running = running
+
+    def sync(self) -> None:
+        """Makes every record so far durable."""
+        with storing(self.path):
+            self._sync()
+
+    def close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None  # type: ignore[assignment]
+
+    def _sync(self) -> None:
+        begun = time.monotonic()
+        os.fsync(self._handle)
+        now = time.monotonic()
+        self._due = now + (now - begun) * (1 / _SHARE - 1)
+
+    def _cut(self) -> None:
+        try:
+            os.ftruncate(self._handle, self.end)
+            os.lseek(self._handle, self.end, os.SEEK_SET)
+        except OSError:
+            pass  # the reader leaves out a record that was cut short
+
+
+def same(one: Record, other: Record) -> bool:
+    """Whether two records are equal in every bit."""
+    return one.body() == other.body()
+
+
+def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], bytes]:
+    begin = file.read(len(MAGIC) + _LENGTH.size)
+    if begin[: len(MAGIC)] != MAGIC:
+        raise StorageError(
+            f"{path} is no ledger, or one of another version: it begins with "
+            f"{begin[: len(MAGIC)]!r} and not {MAGIC!r}."
+        )
+    if len(begin) < len(MAGIC) + _LENGTH.size:
+        raise StorageError(f"{path}: the header is cut short; the file is of no use.")
+    length = _LENGTH.unpack_from(begin, len(MAGIC))[0]
+    if length > _MOST_HEADER:
+        raise StorageError(f"{path}: the header is damaged: it says that it has {length} bytes.")
+    text, hashed = file.read(length), file.read(_HASH)
+    if blake2b(begin + text, digest_size=_HASH).digest() != hashed:
+        raise StorageError(f"{path}: the header is damaged; the file is of no use.")
+    return json.loads(text), hashed
+
+
+def _parse(body: bytes) -> Record:
+    step, count, queries, nonfinite, loss, variance, kind, flags, _ = _HEAD.unpack_from(body)
+    coefficients = None
+    dtype = _KINDS[kind]
+    if dtype is not None:
+        coefficients = torch.empty(count, dtype=dtype)
+        payload = body[_HEAD.size + _CRC.size : -_HASH]
+        coefficients.view(torch.uint8).numpy()[:] = np.frombuffer(payload, np.uint8)
+    return Record(step, queries, nonfinite, loss, variance, bool(flags & ALONE), coefficients)
+
+
+def _canonical(header: dict[str, Any]) -> bytes:
+    return json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _reading(path: Path) -> Any:
+    return _Reading(path)
+
+
+class _Reading:
+    """Inside, errors of the file system become StorageErrors about reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise StorageError(f"{self.path}: cannot be read: {error.strerror or error}") from error

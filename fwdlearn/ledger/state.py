@@ -1,0 +1,106 @@
+"""Everything that a trainer holds after a step, taken out and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fwdlearn.engine import Choice
+from fwdlearn.engine.ladder import Engine
+from fwdlearn.ledger.trees import pack, unpack
+from fwdlearn.progress import Progress
+
+if TYPE_CHECKING:
+    from fwdlearn.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class State:
+    """As a snapshot stores it.
+
+    Args:
+        meta: JSON values.
+        tensors: name -> tensor.
+    """
+
+    meta: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def held(trainer: Trainer, at: Progress) -> State:
+    """What the trainer holds; its tensors are not copied.
+
+    Raises:
+        TypeError: a state has something that is neither tensors nor plain values.
+    """
+    model, schedule = trainer.model, trainer.schedule
+    kept = {
+        # What is not trained is what it was at the start.
+        "weights": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
+        "buffers": dict(model.named_buffers()),
+        "optimizer": trainer.optimizer.state_dict(),
+        "schedule": schedule.state_dict() if hasattr(schedule, "state_dict") else None,
+        "rungs": {name: (choice.rung, choice.reason) for name, choice in _rungs(trainer).items()},
+        "at": at,
+    }
+    tensors: dict[str, Tensor] = {}
+    tree = {name: pack(value, tensors, name) for name, value in kept.items()}
+    moved = [name for name, value in tensors.items() if value.device.type != "cpu"]
+    return State({"step": at.step, "tree": tree, "moved": moved}, tensors)
+
+
+@torch.no_grad()
+def put_back(state: State, trainer: Trainer) -> Progress:
+    """Makes the trainer what it was; returns where the run was."""
+    moved = set(state.meta["moved"])
+    tensors = {
+        name: value.to(trainer.device) if name in moved else value
+        for name, value in state.tensors.items()
+    }
+    modules = {Progress.__module__, *(type(p).__module__ for p in _parts(trainer))}
+    tree = {k: unpack(v, tensors, modules) for k, v in state.meta["tree"].items()}
+    own = dict(trainer.model.named_parameters()) | dict(trainer.model.named_buffers())
+    with torch.inference_mode():
+        for name, value in (tree["weights"] | tree["buffers"]).items():
+            own[name].copy_(value)
+    _load(trainer.optimizer, tree["optimizer"])
+    if tree["schedule"] is not None:
+        trainer.schedule.load_state_dict(tree["schedule"])  # type: ignore[union-attr]
+    for name, choice in _rungs(trainer).items():
+        rung, reason = tree["rungs"].get(name, (choice.rung, choice.reason))
+        if rung != choice.rung:
+            holder = trainer.engine if name == "losses" else trainer.engine.exact  # type: ignore[union-attr]
+            holder.choice = Choice(rung, reason)
+    at = tree["at"]
+    assert isinstance(at, Progress)
+    return at
+
+
+def _parts(trainer: Trainer) -> tuple[object, ...]:
+    return trainer.estimator, trainer.allocator
+
+
+def _rungs(trainer: Trainer) -> dict[str, Choice]:
+    """What the engine has settled on so far."""
+    engine = trainer.engine
+    found = {} if engine.choice is None else {"losses": engine.choice}
+    # Looking at what has not been asked for would make it.
+    exact = engine.__dict__.get("exact") if isinstance(engine, Engine) else None
+    if exact is not None and exact.choice is not None:
+        found["slopes"] = exact.choice
+    return found
+
+
+def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """With the dtypes that were saved; torch casts what a state holds to the parameter's."""
+    optimizer.load_state_dict(saved)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in saved["state"].items():
+        own = optimizer.state[params[number]]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and own[name].dtype != value.dtype:
+                own[name] = value.to(own[name].device)
