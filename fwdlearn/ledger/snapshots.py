@@ -59,9 +59,7 @@ class Snapshot:
 
 def digest(name: str, tensor: Tensor) -> str:
     """Of a tensor's name, dtype, shape and every byte."""
-    hashed = blake2b(_describe(name, tensor), digest_size=16)
-    hashed.update(_bytes(tensor))
-    return hashed.hexdigest()
+    return _digest(name, tensor.dtype, list(tensor.shape), _bytes(tensor))
 
 
 def write(path: Path, snapshot: Snapshot) -> None:
@@ -96,7 +94,7 @@ def read(path: Path) -> Snapshot:
             return _read(file)
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise StorageError(f"{path}: the snapshot is damaged: {reason}") from error
 
@@ -159,9 +157,9 @@ def _read(file: BinaryIO) -> Snapshot:
             raise ValueError(f"{name} is longer than the file")
         flat = torch.empty(count, dtype=torch.uint8)
         flat.numpy()[:] = np.frombuffer(file.read(count), np.uint8)
-        tensors[name] = flat.view(dtype).reshape(shape)
-        if content["digests"][name] != digest(name, tensors[name]):
+        if content["digests"][name] != _digest(name, dtype, shape, memoryview(flat.numpy())):
             raise ValueError(f"{name} is not as it was written")
+        tensors[name] = flat.view(dtype).reshape(shape)
     # Every byte of the header follows from its content, so none can have changed.
     if text != _header(content["meta"], content["digests"], tensors) or file.read(1):
         raise ValueError("it holds more or less than was written")
@@ -188,8 +186,10 @@ def _hashed(text: str) -> str:
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _describe(name: str, tensor: Tensor) -> bytes:
-    return json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
+def _digest(name: str, dtype: torch.dtype, shape: Any, data: memoryview) -> str:
+    hashed = blake2b(json.dumps([name, str(dtype), shape]).encode(), digest_size=16)
+    hashed.update(data)
+    return hashed.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -150,6 +150,7 @@ def test_train_eval_explain(here: Path, capsys: pytest.CaptureFixture[str]) -> N
         "env.json",
         "metrics.jsonl",
         "summary.json",
+        "ledger.bin",
         "model",
     }
     assert (run / "recipe.yaml").read_text() == TINY
@@ -180,9 +181,12 @@ def test_train_eval_explain(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     second = json.loads((here / "runs/tiny-2/summary.json").read_text())
     assert second["eval.loss"] == summary["eval.loss"]
 
-    assert main(["train", "tiny.yaml", "output.dir=runs/tiny"]) == 2
-    assert capsys.readouterr().err.startswith(
-        "command line: output.dir: runs/tiny holds a finished run; choose another output.dir"
+    assert main(["train", "tiny.yaml", "output.dir=runs/tiny"]) == 0
+    assert "runs/tiny has finished already, after 20 steps" in capsys.readouterr().out
+    assert main(["train", "tiny.yaml", "output.dir=runs/tiny", "seed=1"]) == 2
+    assert capsys.readouterr().err == (
+        "command line: output.dir: runs/tiny holds a finished run of another recipe: seed is 0 "
+        "there and 1 here. Choose another output.dir, or output.overwrite=true to replace it.\n"
     )
     assert main(["train", "runs/tiny/resolved.yaml", "output.dir=again", "--quiet"]) == 0
     third = json.loads((here / "again/summary.json").read_text())
@@ -259,7 +263,7 @@ def test_doctor_knows_the_torchvision_trap(monkeypatch: pytest.MonkeyPatch) -> N
     assert trap is not None and "pip uninstall torchvision" in trap
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_leave_a_summary(here: Path, number: signal.Signals) -> None:
     words = ["train", "tiny.yaml", "trainer.steps=1000000", "output.dir=x", "trainer.log_every=5"]
     running = subprocess.Popen(

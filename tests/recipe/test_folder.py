@@ -36,20 +36,32 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_a_finished_run_is_refused_unless_asked(tmp_path: Path) -> None:
+def test_a_finished_run_is_kept_unless_asked(tmp_path: Path) -> None:
     _run(tmp_path, "finished")
-    with pytest.raises(UsageError, match="holds a finished run; choose another output.dir, or"):
-        RunFolder.named(tmp_path, overwrite=False)
+    RunFolder.named(tmp_path, overwrite=False).close()
     assert (tmp_path / "metrics.jsonl").exists()
     RunFolder.named(tmp_path, overwrite=True).close()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["notes.txt"]
 
 
 @pytest.mark.parametrize("state", ["failed", "interrupted", "running"])
-def test_an_unfinished_run_is_replaced(tmp_path: Path, state: str) -> None:
+def test_an_unfinished_run_is_replaced_where_nothing_continues_it(
+    tmp_path: Path, state: str
+) -> None:
     _run(tmp_path, state)
+    (tmp_path / "ledger.bin").write_bytes(b"")
+    RunFolder.named(tmp_path, overwrite=False).close()
+    assert status(tmp_path) == state
+    (tmp_path / "ledger.bin").unlink()
     RunFolder.named(tmp_path, overwrite=False).close()
     assert status(tmp_path) is None
+
+
+def test_what_a_crash_left_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    (tmp_path / ".resolved.yaml.partial").write_text("se")
+    (tmp_path / ".model.partial").mkdir()
+    RunFolder.named(tmp_path, overwrite=False).close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

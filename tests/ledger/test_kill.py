@@ -1,0 +1,25 @@
+"""Killed at any moment and started again by the same command: nothing differs in a single bit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.ledger.killing import CASES, kill_and_compare
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
+QUICK = ("perturbation-adam", "adaptive-momentum", "spsa-momentum-bfloat16")
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_few_kills(tmp_path: Path, name: str) -> None:
+    kill_and_compare(CASES[name], tmp_path, kills=2, seed=0)
+
+
+# A hundred starts take minutes.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_hundred_kills(tmp_path: Path, name: str) -> None:
+    kill_and_compare(CASES[name], tmp_path, kills=-(-100 // len(CASES)), seed=1)
