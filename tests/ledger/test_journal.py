@@ -135,7 +135,8 @@ def test_a_step_that_does_not_repeat_is_written_anew(tmp_path: Path) -> None:
     _stop_at(Run(tmp_path / "run", seconds=1e9, estimator=ActivityNodePerturbation()), step=4)
     run = Run(tmp_path / "run", seconds=1e9, estimator=ActivityNodePerturbation(law="gaussian"))
     run.train()
-    assert run.warned[0].startswith("step 1 came out otherwise than its record says")
+    # Its loss tells, so the step after the first that differs.
+    assert "came out otherwise than its record says" in run.warned[0]
     assert Ledger(tmp_path / "run" / "ledger.bin").steps == 6
 
 
