@@ -26,6 +26,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change; ~KEY removes one."),
 ]
+RunFolderWord = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead.")]
 
 
@@ -61,6 +62,84 @@ def train(
 
     _, folder = carry_out(checked, None if quiet else Console(checked.name))
     print(folder)
+
+
+@app.command()
+def resume(
+    run: RunFolderWord,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Go on with a run that was stopped; `train` with its recipe does the same."""
+    from fwdlearn.recipe.replay import recipe_of
+
+    checked = recipe_of(run, keep=True)
+
+    from fwdlearn.recipe.run import train as carry_out
+    from fwdlearn.sinks.console import Console
+
+    _, folder = carry_out(checked, None if quiet else Console(run.name))
+    print(folder)
+
+
+@app.command()
+def replay(
+    run: RunFolderWord,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+    step: Annotated[int | None, typer.Option("--step", help="The last one if not given.")] = None,
+) -> None:
+    """Rebuild the weights of any step of a run from its ledger."""
+    from fwdlearn.recipe.replay import replay as rebuild
+
+    if out.exists():
+        raise UsageError(f"{out} is there already; choose another name for --out")
+    made = rebuild(run, step)
+    made.save(out)
+    print(f"step {made.step}, from step {made.first}, {made.made} made again", file=sys.stderr)
+    print(out)
+
+
+@app.command()
+def verify(
+    run: RunFolderWord,
+    rebuild: Annotated[
+        bool, typer.Option("--replay", help="Also rebuild the weights, and compare.")
+    ] = False,
+) -> None:
+    """Check every file of a run that has digests."""
+    from fwdlearn.cli.tables import show_pairs
+    from fwdlearn.recipe.verify import verify as look
+
+    found = look(run, rebuild)
+    show_pairs(str(run), [(each.what, each.says) for each in found])
+    raise typer.Exit(0 if all(each.sound for each in found) else StorageError.exit_code)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="With runs in it.")] = Path(
+        "runs"
+    ),
+    by: Annotated[
+        str | None, typer.Option("--by", metavar="METRIC", help="Sort by it, smallest first.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs, the oldest first."""
+    from fwdlearn.cli.histories import show_runs
+
+    show_runs(folder, by, as_json)
+
+
+@app.command()
+def diff(
+    one: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="That of another.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say how two runs differ: recipe, environment, first step, metrics. Exits with 1 if so."""
+    from fwdlearn.cli.histories import show_difference
+
+    raise typer.Exit(1 if show_difference(one, other, as_json) else 0)
 
 
 @app.command()

@@ -101,7 +101,7 @@ class RunJournal(Journal):
         if ledger.torn:
             self.say(f"{path}: the last record was cut short ({ledger.torn} bytes), and is left")
         if ledger.steps:
-            self._warm(trainer)
+            warm(trainer)
         found = self._newest(ledger)
         if found is not None:
             at = put_back(found, trainer)
@@ -205,14 +205,15 @@ class RunJournal(Journal):
         self._ledger = None
         self._writer = LedgerWriter(ledger.path, ledger.end_of(step - 1), ledger.hash(step - 1))
 
-    def _warm(self, trainer: Trainer) -> None:
-        """Lets the engine decide what it decided when the run began, with the weights of then."""
-        before = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
-        start = trainer.start()
-        trainer._estimate(0, start.state, start.plans)
-        with torch.inference_mode():
-            for name, buffer in trainer.model.named_buffers():
-                buffer.copy_(before[name])
+
+def warm(trainer: Trainer) -> None:
+    """Lets the engine decide what it decided when the run began, with the weights of then."""
+    before = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    start = trainer.start()
+    trainer._estimate(0, start.state, start.plans)
+    with torch.inference_mode():
+        for name, buffer in trainer.model.named_buffers():
+            buffer.copy_(before[name])
 
 
 def estimate_of(record: Record, header: Mapping[str, Any], trainer: Trainer) -> Estimate:

@@ -100,11 +100,12 @@ class _Run:
         recipe, folder = self.recipe, self.folder
         resolved = recipe.resolved()
         resolved["output"]["dir"] = str(folder.path)
-        # First, because it is what makes a folder that of a run.
-        folder.write("resolved.yaml", dump(resolved))
-        folder.write("recipe.yaml", recipe.source.text)
+        if not (folder.path / LEDGER).exists():
+            # First, because it is what makes a folder that of a run.
+            folder.write("resolved.yaml", dump(resolved))
+            folder.write("recipe.yaml", recipe.source.text)
         record = environment(device_of(recipe)) | {"overrides": list(recipe.source.overrides)}
-        folder.write_json("env.json", record | self._times())
+        folder.write_json("env.json", record | self._past())
         folder.write_json("summary.json", {"status": "running", "seed": recipe.seed})
         metrics = JsonLines(folder.path / "metrics.jsonl")
         self.sinks = [self, metrics]
@@ -172,12 +173,13 @@ class _Run:
         else:
             print(f"warning: {message}", file=sys.stderr)
 
-    def _times(self) -> dict[str, Any]:
-        """When the run started, and when it was gone on with."""
+    def _past(self) -> dict[str, Any]:
+        """How and when the run started, and when it was gone on with."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         try:
             before = json.loads((self.folder.path / "env.json").read_text("utf-8"))
-            return {"started": before["started"], "continued": [*before.get("continued", []), now]}
+            kept = {name: before[name] for name in ("started", "overrides")}
+            return kept | {"continued": [*before.get("continued", []), now]}
         except (OSError, ValueError, KeyError, TypeError):
             return {"started": now}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fwdlearn.errors import MissingError, StorageError
 from fwdlearn.ledger.files import storing, sync_file, sync_folder
+from fwdlearn.ledger.snapshots import digest
 
 DESCRIPTION = "model.json"
 _WEIGHTS = "model.safetensors"
@@ -46,7 +47,9 @@ def save_model(
                 save_file(tensors, partial / _WEIGHTS)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
-            text = json.dumps({**description, "tied": tied}, indent=2) + "\n"
+            digests = {name: digest(name, tensor) for name, tensor in tensors.items()}
+            held = {**description, "tied": tied, "digests": digests}
+            text = json.dumps(held, indent=2) + "\n"
             (partial / DESCRIPTION).write_text(text, "utf-8")
             # safetensors makes files that nobody else can read.
             shutil.copymode(partial / DESCRIPTION, partial / _WEIGHTS)
@@ -63,17 +66,35 @@ def load_model(module: nn.Module, folder: Path) -> None:
 
     Raises:
         MissingError: there are none.
-        StorageError: they cannot be read, or do not fit the module.
+        StorageError: they cannot be read, are not as they were written, or do not fit the module.
     """
+    tensors = read_model(folder)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise _unusable(folder, error) from error
+
+
+def read_model(folder: Path) -> dict[str, Tensor]:
+    """The weights that `save_model` wrote, by every name that they have; see `load_model`."""
     if not (folder / _WEIGHTS).exists():
         raise MissingError(f"{folder} holds no weights; the run may not have finished")
     try:
         tensors = load_file(folder / _WEIGHTS)
-        tied = json.loads((folder / DESCRIPTION).read_text("utf-8"))["tied"]
-        module.load_state_dict(tensors | {name: tensors[kept] for name, kept in tied.items()})
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise StorageError(f"{folder}: the weights cannot be used: {reason}") from error
+        held = json.loads((folder / DESCRIPTION).read_text("utf-8"))
+        # Folders of before there were digests have none.
+        digests = held.get("digests", {name: None for name in tensors})
+        for name in tensors.keys() | digests.keys():
+            if digests[name] not in (None, digest(name, tensors[name])):
+                raise ValueError(f"{name} is not as it was written")
+        return tensors | {name: tensors[kept] for name, kept in held["tied"].items()}
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: Exception) -> StorageError:
+    reason = " ".join(str(error).split())
+    return StorageError(f"{folder}: the weights cannot be used: {reason}")
 
 
 def _distinct(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -119,7 +119,9 @@ def test_tied_and_overlapping_tensors_survive(tmp_path: Path) -> None:
         assert torch.equal(tensor, other.state_dict()[name]), name
     assert other.head.weight is other.embedding.weight
     description = json.loads((tmp_path / "model" / "model.json").read_text())
+    digests = description.pop("digests")
     assert description == {"name": "tied", "tied": {"head.weight": "embedding.weight"}}
+    assert digests.keys() == {"embedding.weight", "front", "rest"}
 
 
 def test_weights_that_do_not_fit_or_are_not_there(tmp_path: Path) -> None:
@@ -130,4 +132,14 @@ def test_weights_that_do_not_fit_or_are_not_there(tmp_path: Path) -> None:
         load_model(nn.Linear(3, 2), tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(StorageError, match="the weights cannot be used"):
+        load_model(nn.Linear(2, 2), tmp_path / "model")
+
+
+def test_weights_with_a_flipped_bit_are_refused(tmp_path: Path) -> None:
+    save_model(nn.Linear(2, 2), tmp_path / "model", {})
+    path = tmp_path / "model" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StorageError, match="(weight|bias) is not as it was written"):
         load_model(nn.Linear(2, 2), tmp_path / "model")
