@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 COPY := build/copy
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test test-all lint format clean
+.PHONY: train test test-all soak lint format clean
 
 # The first minute: a network learns handwritten digits by forward passes alone.
 train: $(VENV)/train
@@ -16,6 +16,10 @@ test: $(VENV)/dev
 # With the tests that take minutes.
 test-all: $(VENV)/dev
 	WANDB_MODE=offline $(BIN)/python -m pytest -m "slow or not slow"
+
+# Runs that are killed a hundred times, and files that are changed ten thousand times.
+soak: $(VENV)/dev
+	WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/ledger
 
 # Types and docstring examples are checked on an installed copy: in a checkout the mapped folders
 # are not where an import looks for them.

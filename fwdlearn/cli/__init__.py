@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 done, 1 unexpected, 2 recipe or usage, 3 something is not there, 4 not
-        finite, 5 storage, 130 and 143 interrupted.
+        finite, 5 storage, 129, 130 and 143 interrupted.
     """
     from fwdlearn.cli.app import app
 

@@ -58,6 +58,8 @@ CASES = {
     ),
     "activity-adam": recipe("{name: ActivityNodePerturbation}", ADAM),
     "perturbation-adam-bfloat16": recipe("{name: RandomPerturbation, sigma: 0.05}", ADAM, SHORT),
+    "likelihood-ratio-momentum": recipe("{name: LikelihoodRatio, sigma: 0.1}", MOMENTUM),
+    "likelihood-ratio-adam-bfloat16": recipe("{name: LikelihoodRatio, sigma: 0.2}", ADAM, SHORT),
     "slopes-frank-wolfe": recipe("{name: ForwardGradient}", FRANK_WOLFE),
 }
 
