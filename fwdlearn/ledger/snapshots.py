@@ -157,7 +157,7 @@ def _read(file: BinaryIO) -> Snapshot:
             raise ValueError(f"{name} is longer than the file")
         flat = torch.empty(count, dtype=torch.uint8)
         flat.numpy()[:] = np.frombuffer(file.read(count), np.uint8)
-        if content["digests"][name] != _digest(name, dtype, shape, memoryview(flat.numpy())):
+        if content["digests"][name] != _digest(name, dtype, shape, flat.numpy().data):
             raise ValueError(f"{name} is not as it was written")
         tensors[name] = flat.view(dtype).reshape(shape)
     # Every byte of the header follows from its content, so none can have changed.
@@ -194,4 +194,4 @@ def _digest(name: str, dtype: torch.dtype, shape: Any, data: memoryview) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data

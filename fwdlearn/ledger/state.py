@@ -43,7 +43,7 @@ def held(trainer: Trainer, at: Progress) -> State:
         "weights": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
         "buffers": dict(model.named_buffers()),
         "optimizer": trainer.optimizer.state_dict(),
-        "schedule": schedule.state_dict() if hasattr(schedule, "state_dict") else None,
+        "schedule": getattr(schedule, "state_dict", lambda: None)(),
         "rungs": {name: (choice.rung, choice.reason) for name, choice in _rungs(trainer).items()},
         "at": at,
     }

@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +105,17 @@ def left(folder: Path) -> dict[str, Any]:
     }
 
 
-def kill_and_compare(text: str, folder: Path, kills: int, seed: int) -> int:
+def kill_and_compare(
+    text: str, folder: Path, kills: int, seed: int, signals: Sequence[int] = (signal.SIGKILL,)
+) -> int:
     """Kills runs of a recipe at random moments until it has done so often enough.
+
+    Args:
+        text: the recipe.
+        folder: an empty one.
+        kills: how many.
+        seed: of the moments.
+        signals: to kill with.
 
     Returns:
         How many runs it took, each compared with one that was left alone.
@@ -127,13 +138,16 @@ def kill_and_compare(text: str, folder: Path, kills: int, seed: int) -> int:
             process = start(words, log)
             process.join(chance.uniform(0, duration) if done < kills else None)
             if process.is_alive():
-                process.kill()
+                number = chance.choice(signals)
+                os.kill(process.pid, number)
                 process.join()
                 done += 1
-                continue
-            if process.exitcode == 0:
-                break
-            assert process.exitcode is not None and process.exitcode < 0, log.read_text()
+                if process.exitcode:
+                    # By the system, or by us once the handlers are there.
+                    assert process.exitcode in (-number, 128 + number), log.read_text()
+                    continue
+            assert process.exitcode == 0, log.read_text()
+            break
         got = left(folder / f"killed-{runs}")
         for name, value in wanted.items():
             assert got[name] == value, f"{name} differ after kills; seed {seed}; {log.read_text()}"

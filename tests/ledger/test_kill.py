@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ QUICK = ("perturbation-adam", "adaptive-momentum", "spsa-momentum-bfloat16")
 @pytest.mark.parametrize("name", QUICK)
 def test_a_few_kills(tmp_path: Path, name: str) -> None:
     kill_and_compare(CASES[name], tmp_path, kills=2, seed=0)
+
+
+def test_signals_that_ask_to_stop(tmp_path: Path) -> None:
+    asking = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    kill_and_compare(CASES["guess-adam"], tmp_path, kills=4, seed=0, signals=asking)
 
 
 # A hundred starts take minutes.
