@@ -99,6 +99,23 @@ def replay(
 
 
 @app.command()
+def apply(
+    base: Annotated[
+        Path, typer.Argument(metavar="BASE", help="A model's folder; - for a model from its seed.")
+    ],
+    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="A run's ledger.bin.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+) -> None:
+    """Make the trained model from the model that it was and a ledger, without the data."""
+    from fwdlearn.recipe.apply import apply as make
+
+    if out.exists():
+        raise UsageError(f"{out} is there already; choose another name for --out")
+    make(None if str(base) == "-" else base, ledger).save(out)
+    print(out)
+
+
+@app.command()
 def verify(
     run: RunFolderWord,
     rebuild: Annotated[

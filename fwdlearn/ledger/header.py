@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,8 @@ def beginning(trainer: Trainer, recipe: Mapping[str, Any]) -> dict[str, Any]:
             "rows": len(trainer.data.train),
             "first": {name: digest(name, value) for name, value in first.items()},
         },
+        # As JSON has it, so that it equals what is read.
+        "info": json.loads(json.dumps(asdict(trainer.data.info))),
         "generator": {"name": "philox4x32-10", "test": [key.low, key.high]},
         "family": None,
         "machine": {

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fwdlearn.baselines import BaselineTrainer, is_baseline
-from fwdlearn.data import Data
+from fwdlearn.data import Data, DataInfo
 from fwdlearn.engine import trainable
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
 from fwdlearn.local import local_rows
@@ -48,11 +48,13 @@ def build(recipe: Recipe, sinks: Sequence[Sink] = ()) -> Trainer:
     return assemble(recipe, sinks).trainer
 
 
-def assemble(recipe: Recipe, sinks: Sequence[Sink] = ()) -> Assembly:
-    """The same, with the model and the data beside the trainer."""
+def assemble(
+    recipe: Recipe, sinks: Sequence[Sink] = (), loaded: tuple[Data, Built] | None = None
+) -> Assembly:
+    """The same, with the model and the data beside the trainer; both may be `loaded` already."""
     parts = recipe.components
     device = device_of(recipe)
-    data, built = load_parts(recipe)
+    data, built = loaded or load_parts(recipe)
     module = built.module.to(device)
     made: dict[str, Any] = {}
     for name in ("objective", "estimator", "allocator"):
@@ -90,15 +92,22 @@ def load_parts(recipe: Recipe) -> tuple[Data, Built]:
     parts = recipe.components
     with blaming(recipe, parts["data"]):
         data = parts["data"]()
-    with blaming(recipe, parts["model"]), torch.random.fork_rng(devices=[]):
+    built = load_model(recipe, data.info)
+    with blaming(recipe, parts["data"]):
+        return data.prepared(built.processor), built
+
+
+def load_model(recipe: Recipe, info: DataInfo) -> Built:
+    """The model with its first weights."""
+    part = recipe.components["model"]
+    with blaming(recipe, part), torch.random.fork_rng(devices=[]):
         # For models that know nothing of seeds; ours draw from their own.
         torch.default_generator.manual_seed(recipe.seed)
-        made = parts["model"](info=data.info, seed=recipe.seed)
+        made = part(info=info, seed=recipe.seed)
         built = made if isinstance(made, Built) else Built(made)
         if not isinstance(built.module, nn.Module):
             raise TypeError(f"must give an nn.Module, got {type(built.module).__name__}")
-    with blaming(recipe, parts["data"]):
-        return data.prepared(built.processor), built
+    return built
 
 
 def device_of(recipe: Recipe) -> str:

@@ -165,3 +165,32 @@ def test_runs_and_diff(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "none in 30 steps" in capsys.readouterr().out
     assert main(["diff", "runs/0", "runs/2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"] == []
+
+
+@pytest.mark.parametrize("name", ["perturbation-adam", "adaptive-momentum", "slopes-sgd"])
+def test_a_ledger_and_the_first_weights_are_the_trained_model(here: Path, name: str) -> None:
+    (here / "r.yaml").write_text(CASES[name])
+    assert main(["train", "r.yaml", "output.dir=run", *WORDS]) == 0
+    assert main(["replay", "run", "--step", "0", "--out", "base"]) == 0
+    wanted = read_model(here / "run" / "model")
+    for base, out in (("-", "a"), ("base", "b")):
+        assert main(["apply", base, "run/ledger.bin", "--out", out]) == 0
+        found = read_model(here / out)
+        assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_what_cannot_be_applied(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "r.yaml", "output.dir=run", *WORDS]) == 0
+    capsys.readouterr()
+    assert main(["apply", "run/model", "run/ledger.bin", "--out", "x"]) == 2
+    assert "run/ledger.bin was made on another model: " in capsys.readouterr().err
+    for name, message in (
+        ("activity-adam", "the record of step 1 holds no coefficients"),
+        ("spsa-momentum-bfloat16", "its recipe names code, 'tests.ledger.parts:short'"),
+    ):
+        (here / "r.yaml").write_text(CASES[name])
+        assert main(["train", "r.yaml", f"output.dir={name}", *WORDS]) == 0
+        assert main(["apply", "-", f"{name}/ledger.bin", "--out", "x"]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["apply", "-", "nowhere.bin", "--out", "x"]) == 3
+    assert not (here / "x").exists()
