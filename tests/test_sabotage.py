@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fwdlearn.allocator import Allocator, Plan
+from fwdlearn.allocator import Allocator, Block, Plan
+from fwdlearn.counts import divide
 from fwdlearn.directions import Directions, LowRank
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.gradient import DirectionGradient
@@ -859,12 +860,39 @@ class DividesByNothing(ByLoss):
         return signals["loss"] / signals["loss"].sum()
 
 
+@dataclass(frozen=True)
+class DrawsForNothing(ByLoss):
+    """Every second row goes without, by chance, and the others do not make up for it."""
+
+    def allocate(
+        self, rows: int, signals: Mapping[str, Tensor], state: Any, *, key: Key
+    ) -> tuple[Plan, Any]:
+        drawn = key.uniform(rows) < 0.5
+        drawn[int(key.fold("one").permutation(rows)[0])] = True
+        counts = torch.zeros(rows, dtype=torch.int64)
+        counts[drawn] = divide(torch.ones(int(drawn.sum())), rows * self.directions)
+        return Plan.included(counts, torch.ones(rows).double()), state
+
+
+@dataclass(frozen=True)
+class BlockAtFullPrice(ByLoss):
+    """One of two blocks is drawn, and says that it was certain."""
+
+    def allocate(
+        self, rows: int, signals: Mapping[str, Tensor], state: Any, *, key: Key
+    ) -> tuple[Plan, Any]:
+        block = Block(("w", "*"), int(key.uniform(1)[0] < 0.5), 1.0)
+        return Plan(torch.full((rows,), self.directions), block=block), state
+
+
 ALLOCATORS: Mapping[type[Allocator], set[str]] = {
     ShortCounts: {"counts_are_whole_and_positive"},
     OneTooMany: {"counts_sum_to_budget", "odd_signals_give_a_plan"},
     LeavesGaps: {"directions_have_no_gaps"},
     # Weights are the only way in which a plan can move the mean.
     WeighsByCount: {"weights_follow_counts", "mean_is_unchanged"},
+    DrawsForNothing: {"mean_is_unchanged"},
+    BlockAtFullPrice: {"mean_is_unchanged"},
     AllocatorHiddenFromRepr: {"settings_survive"},
     AllocatorThawed: {"settings_are_frozen"},
     PeeksAtGradient: {"only_declared_signals_are_read"},
