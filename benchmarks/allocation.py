@@ -311,6 +311,8 @@ def _backprop(trainer: Trainer, rule: Allocator) -> None:
         trainer.optimizer.zero_grad()
         loss.backward()
         trainer.optimizer.step()
+        if trainer.schedule is not None:
+            trainer.schedule.step()
 
 
 def seconds() -> list[dict[str, Any]]:
