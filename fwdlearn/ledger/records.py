@@ -158,10 +158,10 @@ class Ledger:
                 raise self._damaged(start, "is damaged")
             if kind not in _SIZES:
                 raise self._damaged(start, f"is of the unknown kind {kind}")
+            if file.tell() + count * _SIZES[kind] + _HASH > size:
+                return
             payload = file.read(count * _SIZES[kind])
             hashed = file.read(_HASH)
-            if len(hashed) < _HASH:
-                return
             running = blake2b(running + head + payload, digest_size=_HASH).digest()
             if running != hashed:
                 if not any(hashed) and not any(file.read()):
@@ -276,7 +276,13 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], bytes]:
     text, hashed = file.read(length), file.read(_HASH)
     if blake2b(begin + text, digest_size=_HASH).digest() != hashed:
         raise StorageError(f"{path}: the header is damaged; the file is of no use.")
-    return json.loads(text), hashed
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path}: the header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise StorageError(f"{path}: the header is {type(header).__name__}, not keys and values.")
+    return header, hashed
 
 
 def _parse(body: bytes) -> Record:

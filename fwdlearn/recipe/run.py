@@ -224,12 +224,11 @@ def _unfinished(recipe: Recipe) -> RunFolder | None:
         path = path.with_name(f"{recipe.name}-{number}")
     if last is None or not (last / LEDGER).exists() or status(last) == "finished":
         return None
-    if differences(_held(last), recipe.resolved()):
-        return None
     try:
-        return RunFolder.named(last, overwrite=False)
+        same = not differences(_held(last), recipe.resolved())
+        return RunFolder.named(last, overwrite=False) if same else None
     except UsageError:
-        return None  # it is going on
+        return None  # it is going on, or damaged
 
 
 def _check_same(path: Path, recipe: Recipe) -> None:
@@ -244,7 +243,18 @@ def _check_same(path: Path, recipe: Recipe) -> None:
 
 def _held(path: Path) -> dict[str, Any]:
     """The resolved recipe of the run in a folder."""
-    return parse((path / "resolved.yaml").read_text("utf-8"), str(path))[0].data
+    file = path / "resolved.yaml"
+    try:
+        source, problems = parse(file.read_text("utf-8"), str(file))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error
+    held = source.data
+    if problems or not isinstance(held, dict):
+        raise UsageError(
+            f"{file} is no recipe any more, so what {path} holds is not known; choose another "
+            "output.dir, or output.overwrite=true to replace it."
+        )
+    return held
 
 
 class Stop:

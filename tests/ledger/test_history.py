@@ -129,6 +129,20 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(
     assert main(["train", "r.yaml", "output.dir=run", "--quiet"]) == 0
 
 
+def test_a_run_whose_recipe_is_damaged_is_not_touched(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "r.yaml", *WORDS]) == 0
+    _cut(here / "runs" / "r", 12)
+    (here / "runs" / "r" / "resolved.yaml").write_text("]")
+    capsys.readouterr()
+    assert main(["train", "r.yaml", "output.dir=runs/r"]) == 2
+    assert "resolved.yaml is no recipe any more" in capsys.readouterr().err
+    assert main(["train", "r.yaml", *WORDS]) == 0
+    assert capsys.readouterr().out == "runs/r-2\n"
+    assert Ledger(here / "runs" / "r" / "ledger.bin").steps == 12
+
+
 def test_two_processes_and_one_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("fcntl")
     words = [str(here / "r.yaml"), f"output.dir={here}/run", "trainer.steps=100000", "--quiet"]

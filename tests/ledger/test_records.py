@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from hashlib import blake2b
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,11 @@ def test_damage_names_the_step_and_what_is_sound(tmp_path: Path) -> None:
         Ledger(path)
 
 
+def _headed(text: bytes) -> bytes:
+    begin = b"FWDLEDG1" + len(text).to_bytes(4, "little") + text
+    return begin + blake2b(begin, digest_size=16).digest()
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -82,6 +88,9 @@ def test_damage_names_the_step_and_what_is_sound(tmp_path: Path) -> None:
         (b"FWDLEDG1", "cut short"),
         (b"FWDLEDG1\xff\xff\xff\xff", "says that it has 4294967295 bytes"),
         (b"FWDLEDG1\x02\x00\x00\x00{}" + bytes(16), "header is damaged"),
+        (_headed(b"{x"), "the header is no JSON"),
+        (_headed(b"[" * 10**5), "the header is no JSON"),
+        (_headed(b"[]"), "the header is list, not keys and values"),
     ],
 )
 def test_headers_that_are_none(tmp_path: Path, data: bytes, message: str) -> None:
