@@ -116,6 +116,21 @@ def apply(
 
 
 @app.command()
+def export(
+    run: RunFolderWord,
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="A new file, or folder.")],
+    form: Annotated[
+        str, typer.Option("--format", help="transformers, safetensors or ledger.")
+    ] = "safetensors",
+) -> None:
+    """Write a run's model, or its ledger, for use elsewhere."""
+    from fwdlearn.recipe.export import export as write
+
+    write(run, form, out)
+    print(out)
+
+
+@app.command()
 def verify(
     run: RunFolderWord,
     rebuild: Annotated[

@@ -18,7 +18,7 @@ from fwdlearn.ledger.files import storing, sync_file, sync_folder
 from fwdlearn.ledger.snapshots import digest
 
 DESCRIPTION = "model.json"
-_WEIGHTS = "model.safetensors"
+WEIGHTS = "model.safetensors"
 
 
 def save_model(
@@ -44,7 +44,7 @@ def save_model(
         else:
             tensors, tied = _distinct(module)
             try:
-                save_file(tensors, partial / _WEIGHTS)
+                save_file(tensors, partial / WEIGHTS)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
             digests = {name: digest(name, tensor) for name, tensor in tensors.items()}
@@ -52,7 +52,7 @@ def save_model(
             text = json.dumps(held, indent=2) + "\n"
             (partial / DESCRIPTION).write_text(text, "utf-8")
             # safetensors makes files that nobody else can read.
-            shutil.copymode(partial / DESCRIPTION, partial / _WEIGHTS)
+            shutil.copymode(partial / DESCRIPTION, partial / WEIGHTS)
         for path in (entry for entry in partial.rglob("*") if entry.is_file()):
             sync_file(path)
         sync_folder(partial)
@@ -77,10 +77,10 @@ def load_model(module: nn.Module, folder: Path) -> None:
 
 def read_model(folder: Path) -> dict[str, Tensor]:
     """The weights that `save_model` wrote, by every name that they have; see `load_model`."""
-    if not (folder / _WEIGHTS).exists():
+    if not (folder / WEIGHTS).exists():
         raise MissingError(f"{folder} holds no weights; the run may not have finished")
     try:
-        tensors = load_file(folder / _WEIGHTS)
+        tensors = load_file(folder / WEIGHTS)
         held = json.loads((folder / DESCRIPTION).read_text("utf-8"))
         # Folders of before there were digests have none.
         digests = held.get("digests", {name: None for name in tensors})

@@ -208,3 +208,26 @@ def test_what_cannot_be_applied(here: Path, capsys: pytest.CaptureFixture[str]) 
         assert message in capsys.readouterr().err
     assert main(["apply", "-", "nowhere.bin", "--out", "x"]) == 3
     assert not (here / "x").exists()
+
+
+def test_export(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "r.yaml", "output.dir=run", *WORDS]) == 0
+    wanted = (here / "run" / "model" / "model.safetensors").read_bytes()
+    whole = (here / "run" / "ledger.bin").read_bytes()
+    assert main(["export", "run", "--out", "a.safetensors"]) == 0
+    _cut(here / "run", 30)
+    (here / "run" / "ledger.bin").write_bytes(whole + b"torn")
+    assert main(["export", "run", "--out", "b.safetensors"]) == 0
+    assert main(["export", "run", "--format", "ledger", "--out", "l.bin"]) == 0
+    assert (here / "a.safetensors").read_bytes() == wanted == (here / "b.safetensors").read_bytes()
+    assert (here / "l.bin").read_bytes() == whole
+    assert main(["apply", "-", "l.bin", "--out", "applied"]) == 0
+    assert (here / "applied" / "model.safetensors").read_bytes() == wanted
+    capsys.readouterr()
+    for words, message in (
+        (["--format", "transformers", "--out", "x"], "trains no model of transformers"),
+        (["--format", "gguf", "--out", "x"], "must be one of transformers, safetensors, ledger"),
+        (["--out", "l.bin"], "l.bin is there already"),
+    ):
+        assert main(["export", "run", *words]) == 2
+        assert message in capsys.readouterr().err
