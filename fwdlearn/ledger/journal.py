@@ -20,7 +20,7 @@ from fwdlearn.gradient import DirectionGradient
 from fwdlearn.ledger import snapshots
 from fwdlearn.ledger.header import beginning, family, unlike
 from fwdlearn.ledger.records import Ledger, LedgerWriter, Record, same
-from fwdlearn.ledger.state import State, held, put_back
+from fwdlearn.ledger.state import State, held, put_back, unpacked
 from fwdlearn.progress import Journal, Progress
 
 if TYPE_CHECKING:
@@ -142,8 +142,9 @@ class RunJournal(Journal):
         if not self._tried:
             self._tried = True
             try:
-                held(self._trainer, at)
-            except TypeError as error:
+                first = held(self._trainer, at)
+                unpacked(first, first.tensors, self._trainer)
+            except (TypeError, ValueError) as error:
                 self.warn(f"no snapshots can be made ({error}); going on starts at the first step")
                 self.seconds = math.inf
                 self._due = math.inf

@@ -61,8 +61,7 @@ def put_back(state: State, trainer: Trainer) -> Progress:
         name: value.to(trainer.device) if name in moved else value
         for name, value in state.tensors.items()
     }
-    modules = {Progress.__module__, *(type(p).__module__ for p in _parts(trainer))}
-    tree = {k: unpack(v, tensors, modules) for k, v in state.meta["tree"].items()}
+    tree = unpacked(state, tensors, trainer)
     own = dict(trainer.model.named_parameters()) | dict(trainer.model.named_buffers())
     with torch.inference_mode():
         for name, value in (tree["weights"] | tree["buffers"]).items():
@@ -80,8 +79,15 @@ def put_back(state: State, trainer: Trainer) -> Progress:
     return at
 
 
-def _parts(trainer: Trainer) -> tuple[object, ...]:
-    return trainer.estimator, trainer.allocator
+def unpacked(state: State, tensors: Mapping[str, Tensor], trainer: Trainer) -> dict[str, Any]:
+    """The parts of a state; its dataclasses are ours, or of where estimator and allocator are.
+
+    Raises:
+        ValueError: there is another.
+    """
+    parts = (Progress, type(trainer.estimator), type(trainer.allocator))
+    packages = {part.__module__.partition(".")[0] for part in parts}
+    return {k: unpack(v, tensors, packages) for k, v in state.meta["tree"].items()}
 
 
 def _rungs(trainer: Trainer) -> dict[str, Choice]:

@@ -54,16 +54,16 @@ def pack(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
     )
 
 
-def unpack(packed: Any, tensors: Mapping[str, Tensor], modules: Collection[str]) -> Any:
+def unpack(packed: Any, tensors: Mapping[str, Tensor], packages: Collection[str]) -> Any:
     """The value again.
 
     Args:
         packed: from `pack`.
         tensors: by place.
-        modules: whose dataclasses may be made; nothing is imported.
+        packages: top-level ones whose dataclasses may be made; nothing is imported.
 
     Raises:
-        ValueError: it is not what `pack` gives, or has a dataclass of another module.
+        ValueError: it is not what `pack` gives, or has a dataclass of another package.
     """
     if type(packed) in _PLAIN:
         return packed
@@ -75,21 +75,23 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor], modules: Collection[str])
     if kind == "tensor":
         return tensors[content]
     if kind in ("list", "tuple"):
-        parts = [unpack(part, tensors, modules) for part in content]
+        parts = [unpack(part, tensors, packages) for part in content]
         return parts if kind == "list" else tuple(parts)
     if kind == "dict":
-        return {unpack(k, tensors, modules): unpack(v, tensors, modules) for k, v in content}
+        return {unpack(k, tensors, packages): unpack(v, tensors, packages) for k, v in content}
     if kind == "of":
-        made = _dataclass(content, modules)
-        return made(**{name: unpack(v, tensors, modules) for name, v in packed["fields"]})
+        made = _dataclass(content, packages)
+        return made(**{name: unpack(v, tensors, packages) for name, v in packed["fields"]})
     raise ValueError(f"{kind!r} stands for nothing")
 
 
-def _dataclass(name: str, modules: Collection[str]) -> Any:
+def _dataclass(name: str, packages: Collection[str]) -> Any:
     module, _, path = name.partition(":")
-    found: Any = sys.modules.get(module) if module in modules else None
+    found: Any = None
+    if module.partition(".")[0] in packages:
+        found = sys.modules.get(module)
     for part in path.split("."):
         found = getattr(found, part, None)
     if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-        raise ValueError(f"{name} is no dataclass of {', '.join(sorted(modules))}")
+        raise ValueError(f"{name} is no dataclass of {', '.join(sorted(packages))}")
     return found

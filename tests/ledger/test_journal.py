@@ -13,7 +13,12 @@ import torch
 
 from fwdlearn.allocators import AdaptiveDirections
 from fwdlearn.errors import FwdlearnError, StorageError, UsageError
-from fwdlearn.estimators import ActivityNodePerturbation, ForwardGradient, RandomPerturbation
+from fwdlearn.estimators import (
+    ActivityNodePerturbation,
+    ForwardGradient,
+    LikelihoodRatio,
+    RandomPerturbation,
+)
 from fwdlearn.ledger import files, journal
 from fwdlearn.ledger.records import Ledger
 from fwdlearn.models import mlp
@@ -51,6 +56,7 @@ def _stop_at(run: Run, step: int) -> None:
         ({"estimator": RandomPerturbation(0.1, law="gaussian", rank=2, scales={"*": 0.5})}, True),
         ({"estimator": ForwardGradient(guess="momentum")}, False),
         ({"estimator": ActivityNodePerturbation()}, False),
+        ({"estimator": LikelihoodRatio()}, False),
         ({"allocator": AdaptiveDirections(2)}, False),
     ],
 )

@@ -129,7 +129,7 @@ def test_states_of_any_shape_come_back() -> None:
     }
     tensors: dict[str, Tensor] = {}
     packed = json.loads(json.dumps(pack(state, tensors, "state")))
-    back = unpack(packed, tensors, {__name__})
+    back = unpack(packed, tensors, {"tests"})
     assert list(back) == list(state)
     assert back["inner"].mean == math.inf and back["inner"].values is tensors["state/inner/values"]
     assert back[0][:1] == [None] and back[0][1] == (True, 0.0, "a/b")
@@ -153,4 +153,4 @@ def test_what_cannot_be_kept_is_named() -> None:
 )
 def test_nothing_else_is_made_of_what_is_read(packed: Any) -> None:
     with pytest.raises(ValueError, match="stands for nothing|is no dataclass of"):
-        unpack(packed, {}, {__name__})
+        unpack(packed, {}, {"tests"})
