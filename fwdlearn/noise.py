@@ -28,6 +28,8 @@ _KEEP_BYTES = 64 * 2**20
 _WORDS = 2**18
 # Numbers expanded at once: what a cache holds on a CPU, what fills a GPU.
 _NUMBERS = {"cpu": 2**19}
+# A query takes no fewer of them: a whole block of random words is expanded.
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -370,7 +372,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _chunks(count: int, shape: tuple[int, ...], device: torch.device) -> Iterator[slice]:
-    step = max(1, _NUMBERS.get(device.type, 2**24) // max(1, math.prod(shape)))
+    step = max(1, _NUMBERS.get(device.type, 2**24) // max(_BLOCK, math.prod(shape)))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 

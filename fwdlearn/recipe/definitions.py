@@ -54,7 +54,9 @@ def _find(module: str, attribute: str, hops: int) -> Definition | None:
     if found is None:
         return None
     if isinstance(found, ast.ClassDef):
-        return Definition(_first_sentence(summary), _of_class(found), False, _needs(found))
+        inherited = (_find(module, ast.unparse(base), hops + 1) for base in found.bases)
+        needs = _needs(found) or next((base.needs for base in inherited if base), "")
+        return Definition(_first_sentence(summary), _of_class(found), False, needs)
     return Definition(_first_sentence(summary), _of_function(found), is_function=True)
 
 

@@ -233,7 +233,11 @@ def test_a_disk_that_fills_up(
 def test_list_says_what_estimators_need(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ls", "estimators"]) == 0
     shown = capsys.readouterr().out
-    assert all(line.endswith("Needs LossOracle.") for line in shown.splitlines()[:2])
+    lines = {line.split()[0]: line.strip() for line in shown.splitlines()}
+    assert lines["SPSA"].endswith("Needs LossOracle.")
+    assert lines["ForwardGradient"].endswith("Needs SlopeOracle.")
+    # It has its traits from the class that it is a kind of.
+    assert lines["IterativeNodePerturbation"].endswith("Needs ActivationOracle.")
     assert "mlp" not in shown
 
 
