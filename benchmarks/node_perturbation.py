@@ -45,14 +45,14 @@ def run(method: str, decorrelation: float | None, rate: float, seed: int) -> dic
     curve = Curve()
     trainer = assemble(load_recipe(str(RECORD / "recipe.yaml"), words), [curve]).trainer
     if method == "backprop":
-        curve.points = _backprop(trainer)
+        curve.points = backpropagated(trainer)
     else:
         trainer.train()
     settings = {"method": method, "decorrelation": decorrelation, "lr": rate, "seed": seed}
     return settings | {"curve": curve.points}
 
 
-def _backprop(trainer: Trainer) -> list[tuple[int, float]]:
+def backpropagated(trainer: Trainer) -> list[tuple[int, float]]:
     """As many steps with true gradients. A step counts its rows once, and those learned from."""
     points, spent = [], 0
     assert trainer.evaluate_every is not None
