@@ -19,6 +19,7 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 SHORT = {
     "quickstart": ["trainer.steps=3"],
     "frank-wolfe-digits": ["trainer.steps=3"],
+    "digits-threshold": ["trainer.steps=3", "allocator.directions=4"],
     "fashion-mnist-vit": [
         f"data.path={FASHION}",
         "data.train_rows=64",
