@@ -81,7 +81,7 @@ def test_the_example_of_an_own_estimator_conforms(tmp_path: Path) -> None:
 
 def test_the_commands_work(tmp_path: Path) -> None:
     commands = blocks("sh")[2].splitlines()
-    assert len(commands) == 8
+    assert len(commands) == 9
     for line in commands:
         words = shlex.split(line, comments=True)
         command = " ".join(words)
