@@ -115,6 +115,7 @@ class Varying:
                 torch.mv(x[point], right[point, :, 0], out=inner[point])
             return inner.mul_(self._factor(x.dtype)[:, None]).unsqueeze(2)
         if not wide:
+            # Measured in bfloat16: the usual way round wins, one point at a time loses by ten.
             return torch.bmm(x, right).mul_(self._factor(x.dtype)[:, None, None])
         # This way round a single column is as fast as memory; the other is a tenth of that.
         inner = torch.bmm(right.transpose(1, 2), x.transpose(1, 2))
