@@ -77,7 +77,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "model": {
         name: f"fwdlearn.models:{name}"
-        for name in ("mlp", "cnn", "vit", "transformers", "prompted")
+        for name in ("mlp", "cnn", "vit", "recurrent", "transformers", "prompted")
     },
     "data": {
         name: f"fwdlearn.data:{name}"

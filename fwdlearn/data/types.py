@@ -18,22 +18,25 @@ class DataInfo:
     """What a model must know of the data before it can be built.
 
     Args:
-        kind: `features` (one vector a row), `image` (channels, height, width) or `text`.
+        kind: `features` (one vector a row), `image` (channels, height, width), `text`, `sequence`
+            (steps, features) or `tokens` (steps,) of numbers below `classes`.
         shape: shape of one row's input, without the row dimension; `()` for text.
         classes: number of classes, at least 2, or None for regression.
         labels: the name of each class in the order of the targets, where they have names.
-        values: numbers to predict for a row; read only where `classes` is None.
+        values: numbers to predict, for a row or for each step; read only where `classes` is None.
+        per_step: whether there is a target at every step of a row and not one for the whole.
     """
 
-    kind: Literal["features", "image", "text"]
+    kind: Literal["features", "image", "text", "sequence", "tokens"]
     shape: tuple[int, ...]
     classes: int | None
     labels: tuple[str, ...] | None = None
     values: int = 1
+    per_step: bool = False
 
     @property
     def outputs(self) -> int:
-        """Numbers that a model gives for a row: one for each class, or the values to predict."""
+        """Numbers that a model gives for a row or step: one a class, or the values to predict."""
         return self.values if self.classes is None else self.classes
 
 

@@ -6,6 +6,7 @@ from fwdlearn.models.decorrelation import Decorrelation, decorrelated, fold_into
 from fwdlearn.models.images import ImageProcessor
 from fwdlearn.models.mlp import mlp
 from fwdlearn.models.prompted import prompted
+from fwdlearn.models.recurrent import Recurrent, State, recurrent
 from fwdlearn.models.transformers import transformers
 from fwdlearn.models.vit import vit
 
@@ -13,11 +14,14 @@ __all__ = [
     "Built",
     "Decorrelation",
     "ImageProcessor",
+    "Recurrent",
+    "State",
     "cnn",
     "decorrelated",
     "fold_into_weights",
     "mlp",
     "prompted",
+    "recurrent",
     "transformers",
     "vit",
 ]

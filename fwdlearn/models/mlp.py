@@ -54,6 +54,8 @@ def mlp(
     """
     if info.kind == "text":
         raise UsageError("mlp reads features or images, not text; models.transformers reads text.")
+    if info.kind in ("sequence", "tokens"):
+        raise UsageError(f"mlp reads features or images, not {info.kind}; recurrent reads those.")
     if any(width < 1 for width in hidden):
         raise UsageError(f"mlp(hidden=...) must hold widths of at least 1, got {list(hidden)!r}.")
     widths = [math.prod(info.shape), *hidden, info.outputs]

@@ -1,0 +1,166 @@
+"""Recurrent networks, written step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fwdlearn.data.types import DataInfo
+from fwdlearn.errors import UsageError
+from fwdlearn.models.built import Built, weights_from
+from fwdlearn.models.cells import KINDS, Kind
+from fwdlearn.models.decorrelation import decorrelated
+
+State = dict[str, Tensor]
+"""What a network carries from step to step: name -> [rows, ...]."""
+
+
+class Cell(nn.Module):
+    """One layer: `input` is W and b, `recurrent` is U and c; see `fwdlearn.models.cells`."""
+
+    def __init__(self, kind: Kind, inputs: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.kind, self.width = kind, width
+        self.input = nn.Linear(inputs, kind.gates * width, bias=bias)
+        self.recurrent = nn.Linear(width, kind.gates * width, bias=bias)
+        # As torch draws the weights of its own recurrent layers.
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -1 / math.sqrt(width), 1 / math.sqrt(width))
+
+    def forward(self, x: Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self.kind.rule(self.input(x), self.recurrent(memory[0]), memory)
+
+
+class Recurrent(nn.Module):
+    """Layers of cells and a linear readout.
+
+    Args:
+        cell: a key of `fwdlearn.models.cells.KINDS`.
+        inputs: numbers that come in at a step; or of different tokens, if `embedding` is given.
+        widths: of each layer, at least one.
+        outputs: numbers that go out at a step.
+        last: whether `forward` gives what goes out at the last step alone.
+        embedding: width of the vectors that stand for tokens, or None for numbers.
+        bias: whether the linear layers have biases.
+    """
+
+    zero: Tensor
+
+    def __init__(
+        self,
+        cell: str,
+        inputs: int,
+        widths: Sequence[int],
+        outputs: int,
+        last: bool = False,
+        embedding: int | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.last = last
+        self.embedding = None if embedding is None else nn.Embedding(inputs, embedding)
+        below = [inputs if embedding is None else embedding, *widths[:-1]]
+        kind = KINDS[cell]
+        self.cells = nn.ModuleList(
+            Cell(kind, m, n, bias) for m, n in zip(below, widths, strict=True)
+        )
+        self.head = nn.Linear(widths[-1], outputs, bias=bias)
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def initial(self, rows: int) -> State:
+        """The state before the first step: zeros [rows, width], named `LAYER.SLOT`."""
+        return {
+            f"{number}.{slot}": self.zero.new_zeros(rows, cell.width)
+            for number, cell in enumerate(self._cells())
+            for slot in cell.kind.slots
+        }
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One step.
+
+        Args:
+            x: [rows, inputs], or int64 [rows] of tokens.
+            state: from `initial` or the step before.
+
+        Returns:
+            What goes out, [rows, outputs], and the next state.
+        """
+        h, state = self._advance(x, state)
+        return self.head(h), state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [rows, steps, inputs], or tokens int64 [rows, steps], to [rows, steps, outputs].
+
+        Or to [rows, outputs], if `last`.
+        """
+        state, out = self.initial(len(x)), []
+        for x_t in x.unbind(1):
+            h, state = self._advance(x_t, state)
+            if not self.last:
+                out.append(self.head(h))
+        return self.head(h) if self.last else torch.stack(out, 1)
+
+    def _advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """The output of the last layer and the next state."""
+        h = x if self.embedding is None else self.embedding(x)
+        after: State = {}
+        for number, cell in enumerate(self._cells()):
+            memory = cell(h, tuple(state[f"{number}.{slot}"] for slot in cell.kind.slots))
+            after |= {f"{number}.{s}": m for s, m in zip(cell.kind.slots, memory, strict=True)}
+            h = memory[0]
+        return h, after
+
+    def _cells(self) -> list[Cell]:
+        return list(self.cells)  # type: ignore[arg-type]
+
+
+def recurrent(
+    info: DataInfo,
+    cell: str = "gru",
+    hidden: Sequence[int] = (64,),
+    embedding: int = 32,
+    bias: bool = True,
+    decorrelation: float | None = None,
+    seed: int = 0,
+) -> Built:
+    """Builds a recurrent network for sequences.
+
+    What goes out is there at every step if the data has a target there, else at the last step.
+
+    Args:
+        info: of the data; kind `sequence` or `tokens`.
+        cell: `elman`, `elman-relu`, `gru`, `lstm` or `minimal`.
+        hidden: width of each layer, at least one number and each at least 1.
+        embedding: width of the vectors that stand for tokens, at least 1.
+        bias: whether the linear layers have biases.
+        decorrelation: size of a step of the layers that decorrelate the inputs of the linear ones
+            (1e-3 is a start), or None for no such layers.
+        seed: of the weights, drawn as torch draws them for its recurrent layers.
+
+    Raises:
+        UsageError: the data are no sequences, or an argument is out of range.
+    """
+    if info.kind not in ("sequence", "tokens"):
+        raise UsageError(
+            f"recurrent reads sequences or tokens, not {info.kind}; data such as mackey_glass or "
+            "sequential_digits has them."
+        )
+    if cell not in KINDS:
+        raise UsageError(f"recurrent(cell=...) must be one of {', '.join(KINDS)}, got {cell!r}.")
+    if not hidden or any(width < 1 for width in hidden):
+        raise UsageError(
+            f"recurrent(hidden=...) must hold one width or more, each at least 1, got "
+            f"{list(hidden)!r}."
+        )
+    if embedding < 1:
+        raise UsageError(f"recurrent(embedding=...) must be at least 1, got {embedding!r}.")
+    inputs, width = info.shape[-1], None
+    if info.kind == "tokens":
+        inputs, width = info.outputs, embedding
+    with weights_from(seed):
+        made = Recurrent(cell, inputs, hidden, info.outputs, not info.per_step, width, bias)
+        model = made if decorrelation is None else decorrelated(made, decorrelation)
+        return Built(model.eval())
