@@ -2,6 +2,10 @@
 
 Any callable of that form is an objective. `output` is what the model returned: a tensor, or an
 object with `logits`.
+
+Of a sequence with a target at every step the loss is the mean over the steps that count, which are
+those without a target of nan (of numbers) or -100 (of classes). Any objective has that form:
+`at_step` is its share at one step.
 """
 
 from __future__ import annotations
@@ -13,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fwdlearn.errors import UsageError
+
+# The class of a step that does not count, as torch has it.
+_IGNORED = -100
 
 
 def logits(output: Any) -> Tensor:
@@ -30,33 +37,83 @@ def cross_entropy(output: Any, targets: Tensor, label_smoothing: float = 0.0) ->
     """Negative log-probability of the target class, in nats.
 
     Args:
-        output: logits [rows, classes].
-        targets: int64 [rows].
+        output: logits [rows, classes], or [rows, steps, classes].
+        targets: int64 [rows], or [rows, steps].
         label_smoothing: in [0, 1].
     """
     scores = _scores(output, targets)
-    return F.cross_entropy(scores, targets, reduction="none", label_smoothing=label_smoothing)
+    if targets.dim() == 1:
+        return F.cross_entropy(scores, targets, reduction="none", label_smoothing=label_smoothing)
+    losses = F.cross_entropy(
+        scores.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=label_smoothing
+    )
+    return (losses.view(targets.shape) * step_weights(targets).to(losses.dtype)).sum(1)
 
 
 def mean_squared_error(output: Any, targets: Tensor) -> Tensor:
-    """Mean over a row's values of the squared difference; output and targets [rows, ...]."""
+    """Mean over a row's values of the squared difference; output and targets [rows, ...].
+
+    Sequences are [rows, steps, values].
+    """
     values = logits(output)
     if values.numel() != targets.numel():
         raise UsageError(
             f"mean_squared_error needs output and targets of one size, got {tuple(values.shape)} "
             f"and {tuple(targets.shape)}."
         )
-    return (values - targets.reshape(values.shape)).square().flatten(1).mean(1)
+    wanted = targets.reshape(values.shape)
+    if not per_step(targets):
+        return (values - wanted).square().flatten(1).mean(1)
+    weights = step_weights(wanted).to(values.dtype)
+    squares = torch.where(wanted.isnan(), 0.0, values - wanted).square()
+    return (squares.flatten(2).mean(2) * weights).sum(1)
 
 
 def zero_one(output: Any, targets: Tensor) -> Tensor:
     """1 where the largest logit is not the target's, else 0. No derivative, and none needed."""
-    return (_scores(output, targets).argmax(1) != targets).float()
+    wrong = (_scores(output, targets).argmax(-1) != targets).float()
+    return wrong if targets.dim() == 1 else (wrong * step_weights(targets)).sum(1)
 
 
 def returned(output: Any, targets: Tensor) -> Tensor:
     """What the model returned, where that is one loss a row already."""
     return output
+
+
+def per_step(targets: Tensor) -> bool:
+    """Whether each step has a target: numbers [rows, steps, ...], or classes [rows, steps]."""
+    return targets.dim() > (2 if targets.is_floating_point() else 1)
+
+
+def step_weights(targets: Tensor) -> Tensor:
+    """float32 [rows, steps]: 1 over the number of a row's steps that count, where one does.
+
+    A row of which no step counts has weights and loss 0.
+    """
+    if targets.is_floating_point():
+        counts = ~targets.flatten(2).isnan().any(2)
+    else:
+        counts = targets != _IGNORED
+    return counts / counts.sum(1, keepdim=True).clamp(min=1)
+
+
+def at_step(objective: Any, output: Any, targets: Tensor, weights: Tensor) -> Tensor:
+    """What one step adds to the losses of rows, [rows].
+
+    Args:
+        objective: (output, targets) -> losses [rows], of a step as of a row that is no sequence.
+        output: of the step.
+        targets: of the step, numbers [rows, ...] or classes [rows].
+        weights: [rows], the step's column of `step_weights`.
+    """
+    counts = weights > 0
+    if targets.is_floating_point():
+        kept = counts.view(-1, *[1] * (targets.dim() - 1))
+        targets = torch.where(kept, targets, 0.0)
+    else:
+        targets = torch.where(counts, targets, 0)
+    losses = per_row(objective(output, targets), len(weights))
+    return losses * weights.to(losses.dtype)
 
 
 def per_row(losses: object, rows: int) -> Tensor:
@@ -75,11 +132,16 @@ def per_row(losses: object, rows: int) -> Tensor:
 
 
 def correct(output: Any, targets: Tensor) -> Tensor | None:
-    """bool [rows]: whether the largest logit is the target's; None where that means nothing."""
+    """bool [rows]: whether the largest logit is the target's; None where that means nothing.
+
+    Of sequences, float32 [rows]: the share of the steps that count at which it is.
+    """
     scores = logits(output)
-    if targets.dtype != torch.int64 or targets.dim() != 1 or scores.dim() != 2:
+    if targets.dtype != torch.int64 or scores.dim() != targets.dim() + 1:
         return None
-    return scores.argmax(1) == targets
+    if targets.dim() == 2:
+        return ((scores.argmax(2) == targets) * step_weights(targets)).sum(1)
+    return scores.argmax(1) == targets if targets.dim() == 1 else None
 
 
 def residual(output: Any, targets: Tensor) -> Tensor:
@@ -111,9 +173,11 @@ def residual(output: Any, targets: Tensor) -> Tensor:
 
 def _scores(output: Any, targets: Tensor) -> Tensor:
     scores = logits(output)
-    if scores.dim() != 2 or targets.dtype != torch.int64 or targets.dim() != 1:
+    fits = scores.dim() in (2, 3) and targets.dim() == scores.dim() - 1
+    if not fits or targets.dtype != torch.int64:
         raise UsageError(
-            "a classification objective needs logits [rows, classes] and int64 targets [rows], "
-            f"got {tuple(scores.shape)} and {targets.dtype} {tuple(targets.shape)}."
+            "a classification objective needs logits [rows, classes] and int64 targets [rows], or "
+            f"[rows, steps, classes] and [rows, steps], got {tuple(scores.shape)} and "
+            f"{targets.dtype} {tuple(targets.shape)}."
         )
     return scores

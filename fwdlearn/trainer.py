@@ -239,13 +239,13 @@ class Trainer:
         dataset = self.data.evaluation if dataset is None else dataset
         if dataset is None or not len(dataset):
             raise UsageError("there are no evaluation rows; give the data some, or a dataset.")
-        loss, right, rated = 0.0, 0, True
+        loss, right, rated = 0.0, 0.0, True
         with self._mode(False), forbid_backward(), torch.inference_mode():
             for index in torch.arange(len(dataset)).split(self.evaluation_batch_size):
                 losses, hits = self.engine.evaluate(dataset.batch(index).to(self.device))
                 loss += float(losses.double().sum())
                 rated = rated and hits is not None
-                right += int(hits.sum()) if hits is not None else 0
+                right += float(hits.double().sum()) if hits is not None else 0.0
         scores = {"loss": loss / len(dataset)}
         return {**scores, "accuracy": right / len(dataset)} if rated else scores
 

@@ -1,0 +1,86 @@
+"""Objectives of sequences: the mean over the steps that count, however it is put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fwdlearn import objectives
+from fwdlearn.keys import Key
+
+ROWS, STEPS = 3, 4
+
+
+def numbers(*shape: int) -> Tensor:
+    return Key.root(3).uniform(math.prod(shape), "test").reshape(shape) * 2 - 1
+
+
+def classes() -> Tensor:
+    targets = torch.arange(ROWS * STEPS).reshape(ROWS, STEPS) % 5
+    targets[0, :2] = -100
+    targets[2] = -100
+    return targets
+
+
+def values() -> Tensor:
+    targets = numbers(ROWS, STEPS, 2)
+    targets[0, :2] = math.nan
+    targets[2] = math.nan
+    return targets
+
+
+CASES: list[tuple[Callable[..., Tensor], Tensor, int]] = [
+    (objectives.cross_entropy, classes(), 5),
+    (objectives.zero_one, classes(), 5),
+    (objectives.mean_squared_error, values(), 2),
+]
+
+
+@pytest.mark.parametrize(("objective", "targets", "width"), CASES)
+def test_a_sequence_costs_the_mean_over_steps_that_count(
+    objective: Any, targets: Tensor, width: int
+) -> None:
+    output = numbers(ROWS, STEPS, width)
+    found = objective(output, targets)
+    one = objective(output[1], targets[1]).mean()
+    two = objective(output[0, 2:], targets[0, 2:]).mean()
+    torch.testing.assert_close(found, torch.stack((two, one, torch.zeros_like(one))).to(found))
+
+
+@pytest.mark.parametrize(("objective", "targets", "width"), CASES)
+def test_shares_of_steps_add_up_to_the_loss(objective: Any, targets: Tensor, width: int) -> None:
+    output = numbers(ROWS, STEPS, width)
+    assert objectives.per_step(targets)
+    weights = objectives.step_weights(targets)
+    parts = [
+        objectives.at_step(objective, output[:, t], targets[:, t], weights[:, t])
+        for t in range(STEPS)
+    ]
+    torch.testing.assert_close(sum(parts), objective(output, targets), check_dtype=False)
+
+
+def test_a_row_of_values_is_no_sequence() -> None:
+    targets = numbers(ROWS, 2)
+    assert not objectives.per_step(targets) and not objectives.per_step(classes()[:, 0])
+    expected = (0.5 - targets).square().mean(1)
+    found = objectives.mean_squared_error(torch.full_like(targets, 0.5), targets)
+    torch.testing.assert_close(found, expected.to(found))
+
+
+def test_an_output_that_is_not_finite_does_not_hide() -> None:
+    output = numbers(ROWS, STEPS, 2)
+    output[1, 0, 0] = math.nan
+    assert objectives.mean_squared_error(output, values()).isnan().tolist() == [False, True, False]
+
+
+def test_correct_is_the_share_of_steps_that_count() -> None:
+    targets = classes()
+    output = torch.nn.functional.one_hot(targets.clamp(min=0), 5).float()
+    output[1, 0] = -output[1, 0]
+    found = objectives.correct(output, targets)
+    assert found is not None and found.tolist() == [1.0, 0.75, 0.0]
