@@ -2,8 +2,9 @@
 
 Such a module has a `share` and a method `learn_from`; nothing registers it. After each update the
 trainer shows every one its inputs in a plain pass over the first rows of the batch (batches are
-shuffled, so these are a sample of it), in evaluation mode, counted as queries. What it learns lies
-in its buffers and is a function of the batches alone.
+shuffled, so these are a sample of it), in evaluation mode, counted as queries. One that the pass
+meets several times, as each step of a recurrent network does, learns once, from all that it met.
+What it learns lies in its buffers and is a function of the batches alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ class LearnsLocally(Protocol):
     share: float
 
     def learn_from(self, inputs: Tensor) -> None:
-        """One step of learning, without gradients. `inputs` is what `forward` was given."""
+        """One step of learning, without gradients.
+
+        Args:
+            inputs: what `forward` was given, [rows, ...]; of several calls, one after another.
+        """
 
 
 def local_rows(model: nn.Module, rows: int) -> int:
@@ -52,14 +57,21 @@ def learn_locally(model: nn.Module, batch: Batch) -> int:
     if not count:
         return 0
 
-    def taught(module: Any, args: tuple[Any, ...], output: object) -> None:
-        # Its output is out already, so the pass is that of the model as it was.
-        module.learn_from(args[0])
+    met: dict[Any, list[Tensor]] = {}
+
+    # Clones, because what comes after may write into its inputs.
+    def note(module: Any, args: tuple[Any, ...], output: object) -> None:
+        met.setdefault(module, []).append(args[0].clone())
 
     rows = batch.select(torch.arange(count, device=batch.device))
     with ExitStack() as hooks, torch.inference_mode():
         for module in model.modules():
             if isinstance(module, LearnsLocally):
-                hooks.callback(module.register_forward_hook(taught).remove)
+                hooks.callback(module.register_forward_hook(note).remove)
         model(*rows.args, **rows.kwargs)
+        # Not before the pass is over: it is that of the model as it was.
+        for module, inputs in met.items():
+            alike = all(one.shape[1:] == inputs[0].shape[1:] for one in inputs)
+            for seen in [torch.cat(inputs)] if alike else inputs:
+                module.learn_from(seen)
     return count

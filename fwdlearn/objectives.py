@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fwdlearn.errors import UsageError
 
-# The class of a step that does not count, as torch has it.
-_IGNORED = -100
+NOT_COUNTED = -100
+"""The class of a step that does not count, as torch has it."""
 
 
 def logits(output: Any) -> Tensor:
@@ -93,7 +93,7 @@ def step_weights(targets: Tensor) -> Tensor:
     if targets.is_floating_point():
         counts = ~targets.flatten(2).isnan().any(2)
     else:
-        counts = targets != _IGNORED
+        counts = targets != NOT_COUNTED
     return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -129,19 +129,6 @@ def per_row(losses: object, rows: int) -> Tensor:
             "a mean over rows cannot be told apart again."
         )
     return losses.to(torch.promote_types(losses.dtype, torch.float32))
-
-
-def correct(output: Any, targets: Tensor) -> Tensor | None:
-    """bool [rows]: whether the largest logit is the target's; None where that means nothing.
-
-    Of sequences, float32 [rows]: the share of the steps that count at which it is.
-    """
-    scores = logits(output)
-    if targets.dtype != torch.int64 or scores.dim() != targets.dim() + 1:
-        return None
-    if targets.dim() == 2:
-        return ((scores.argmax(2) == targets) * step_weights(targets)).sum(1)
-    return scores.argmax(1) == targets if targets.dim() == 1 else None
 
 
 def residual(output: Any, targets: Tensor) -> Tensor:

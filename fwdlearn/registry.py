@@ -81,7 +81,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "data": {
         name: f"fwdlearn.data:{name}"
-        for name in ("digits", "idx", "npz", "csv", "jsonl", "image_folder")
+        for name in ("digits", "idx", "npz", "csv", "jsonl", "image_folder", "sequential_digits")
     },
     "objective": {
         name: f"fwdlearn.objectives:{name}"

@@ -27,6 +27,7 @@ from fwdlearn.gradient import ScaledGradient
 from fwdlearn.keys import Key
 from fwdlearn.local import learn_locally, local_rows
 from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
+from fwdlearn.metrics import Scores
 from fwdlearn.oracle import ActivationOracle, ModelOracle, forbid_backward, require
 from fwdlearn.progress import Journal, Progress, Window
 from fwdlearn.signals import check_signals, measured, read
@@ -224,6 +225,7 @@ class Trainer:
             "train.loss": at.last.get("train.loss"),
             "eval.loss": at.scores.get("loss"),
             "eval.accuracy": at.scores.get("accuracy"),
+            **{f"eval.{name}": value for name, value in at.scores.items()},
             "memory.start_bytes": before,
             "memory.peak_bytes": peak_bytes(self.device),
             "memory.weights_bytes": weights_bytes(self.model),
@@ -235,19 +237,16 @@ class Trainer:
         return summary
 
     def evaluate(self, dataset: Dataset | None = None) -> dict[str, float]:
-        """Mean loss, and accuracy where there are classes, of `dataset` or the evaluation rows."""
+        """The figures of `fwdlearn.metrics`, of `dataset` or the evaluation rows."""
         dataset = self.data.evaluation if dataset is None else dataset
         if dataset is None or not len(dataset):
             raise UsageError("there are no evaluation rows; give the data some, or a dataset.")
-        loss, right, rated = 0.0, 0.0, True
+        scores = Scores()
         with self._mode(False), forbid_backward(), torch.inference_mode():
             for index in torch.arange(len(dataset)).split(self.evaluation_batch_size):
-                losses, hits = self.engine.evaluate(dataset.batch(index).to(self.device))
-                loss += float(losses.double().sum())
-                rated = rated and hits is not None
-                right += float(hits.double().sum()) if hits is not None else 0.0
-        scores = {"loss": loss / len(dataset)}
-        return {**scores, "accuracy": right / len(dataset)} if rated else scores
+                batch = dataset.batch(index).to(self.device)
+                scores.add(*self.engine.evaluate(batch), batch.targets)
+        return scores.result()
 
     def explain(self) -> dict[str, Any]:
         """What a run would do and take, from a few steps that are thrown away.

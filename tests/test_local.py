@@ -54,6 +54,22 @@ def test_each_sees_the_first_rows_of_the_model_as_it_was() -> None:
     assert not model[0]._forward_hooks
 
 
+def test_who_is_met_again_and_again_learns_once_from_all() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counting = Counting(1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.counting(x)
+            return self.counting(first.clone().add_(1))
+
+    model = Steps().eval()
+    learn_locally(model, Batch((torch.arange(1.0, 5.0).view(4, 1),), torch.zeros(4)))
+    assert model.counting.shapes == [(8, 1)]
+    assert float(model.counting.seen) == 10.0 + 14.0
+
+
 def test_nobody_is_asked_where_nobody_learns() -> None:
     def never(*args: Any) -> None:
         raise AssertionError("a pass was run")

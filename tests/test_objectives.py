@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from fwdlearn import objectives
+from fwdlearn.batch import Batch
+from fwdlearn.directions import Directions
+from fwdlearn.engine import Engine
 from fwdlearn.keys import Key
+from fwdlearn.oracle import ModelOracle
 
 ROWS, STEPS = 3, 4
 
@@ -78,9 +82,24 @@ def test_an_output_that_is_not_finite_does_not_hide() -> None:
     assert objectives.mean_squared_error(output, values()).isnan().tolist() == [False, True, False]
 
 
-def test_correct_is_the_share_of_steps_that_count() -> None:
-    targets = classes()
-    output = torch.nn.functional.one_hot(targets.clamp(min=0), 5).float()
-    output[1, 0] = -output[1, 0]
-    found = objectives.correct(output, targets)
-    assert found is not None and found.tolist() == [1.0, 0.75, 0.0]
+def test_what_is_not_counted_has_no_slope() -> None:
+    model = torch.nn.Linear(4, 5)
+    x = numbers(ROWS, STEPS, 4).float()
+    for objective, targets, width in CASES:
+        if objective is objectives.zero_one:
+            continue
+        answers = []
+        for rung in ("fold", "sequential"):
+
+            def asked(output: Any, wanted: Tensor, of: Any = objective, n: int = width) -> Tensor:
+                losses: Tensor = of(output[..., :n], wanted)
+                return losses
+
+            wanted = targets.float() if targets.is_floating_point() else targets
+            oracle = ModelOracle(Engine(model, asked, rung), Batch((x,), wanted))
+            directions = Directions(Key.root(0), oracle.params, 2)
+            which = (torch.arange(2), directions, torch.arange(2))
+            answers.append(oracle.slopes(*which)[1])
+            up, down = oracle.losses(*which, 1e-2), oracle.losses(*which, -1e-2)
+            torch.testing.assert_close(answers[-1], (up - down) / 2e-2, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(*answers)

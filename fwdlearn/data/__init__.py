@@ -6,6 +6,7 @@ from fwdlearn.data.idx import idx
 from fwdlearn.data.image_folder import image_folder
 from fwdlearn.data.jsonl import jsonl
 from fwdlearn.data.npz import npz
+from fwdlearn.data.sequential_digits import sequential_digits
 from fwdlearn.data.types import Data, DataInfo, Dataset, Rows, TextRows, TokenRows
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "image_folder",
     "jsonl",
     "npz",
+    "sequential_digits",
 ]

@@ -35,7 +35,7 @@ from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
 from fwdlearn.engine.watch import Start, Watch, by_mode, by_type
 from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
-from fwdlearn.objectives import correct, per_row
+from fwdlearn.objectives import per_row
 
 if TYPE_CHECKING:
     from fwdlearn.engine.compiled import Compiled
@@ -245,10 +245,10 @@ class Engine:
         """The objective on the output of one forward pass, one loss a row."""
         return per_row(self.objective(output, rows.targets), len(rows))
 
-    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Losses [rows] of a plain pass, and which rows came out right where there are classes."""
+    def evaluate(self, batch: Batch) -> tuple[Tensor, object]:
+        """Losses [rows] of a plain pass, and what the model returned."""
         output = self.model(*batch.args, **batch.kwargs)
-        return self.row_losses(output, batch), correct(output, batch.targets)
+        return self.row_losses(output, batch), output
 
     def measure(self, batch: Batch, residual: bool, dropout: Key | None = None) -> Measured:
         """A clean pass over the batch, in its order."""

@@ -90,8 +90,7 @@ class Console:
             line += f"; training loss {summary['train.loss']:.4f}"
         if _is_number(summary.get("eval.loss")):
             line += f"; evaluation loss {summary['eval.loss']:.4f}"
-        if _is_number(summary.get("eval.accuracy")):
-            line += f", accuracy {summary['eval.accuracy']:.1%}"
+        line += "".join(f", {figure}" for figure in _figures(summary))
         if _is_number(summary.get("memory.peak_bytes")):
             line += f"; peak memory {summary['memory.peak_bytes'] / 2**20:,.0f} MiB"
         self._say(Text(line, style="bold green" if status == "finished" else "bold yellow"))
@@ -110,8 +109,8 @@ class Console:
 
     def _evaluation(self, record: Record) -> Text:
         text = Text(f"step {self._counted()}  evaluation: loss {record['eval.loss']:.4f}")
-        if _is_number(record.get("eval.accuracy")):
-            text.append(f"  accuracy {record['eval.accuracy']:.1%}", style="bold cyan")
+        for figure in _figures(record):
+            text.append(f"  {figure}", style="bold cyan")
         return text
 
     def _numbers(self) -> list[Text]:
@@ -134,15 +133,12 @@ class Console:
         counts = Text(f"{done / total:4.0%}  {self._counted()}  {self._left()}")
         progress = ProgressBar(total, done, complete_style="cyan", finished_style="green")
         bar.add_row(progress, counts)
-        numbers = Text("  ").join([*self._numbers(), self._accuracy()])
+        figures = [Text(figure, style="bold cyan") for figure in _figures(self._last)]
+        numbers = Text("  ").join([*self._numbers(), *figures])
         if len(self._losses) > 1:
             numbers = Text(f"{_course(self._losses)}  ", style="cyan").append_text(numbers)
         numbers.no_wrap, numbers.overflow = True, "ellipsis"
         return Group(bar, numbers)
-
-    def _accuracy(self) -> Text:
-        accuracy = self._last.get("eval.accuracy")
-        return Text(f"accuracy {accuracy:.1%}", style="bold cyan") if accuracy else Text("")
 
     def _fraction(self) -> tuple[float, float]:
         for unit, done in (("steps", "step"), ("queries", "queries")):
@@ -196,6 +192,13 @@ def _duration(seconds: float) -> str:
     hours, rest = divmod(whole, 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def _figures(record: Record) -> list[str]:
+    """What an evaluation says beside the loss."""
+    shown = {"accuracy": "accuracy {:.1%}", "nmse": "NMSE {:.4f}", "bits": "{:.3f} bits a step"}
+    values = {text: record.get(f"eval.{name}") for name, text in shown.items()}
+    return [text.format(value) for text, value in values.items() if _is_number(value)]
 
 
 def _is_number(value: Any) -> bool:
