@@ -1,6 +1,7 @@
 """Seconds of a query with noise in the activations against plain inference, and of whole steps.
 
-    python -m benchmarks.activation_noise [--rounds N] [--only PATTERN] [--output FILE]
+    python -m benchmarks.activation_noise [--rounds N] [--only PATTERN] [--device DEVICE]
+        [--output FILE]
 
 The denominator is the fastest plain inference over the same rows at any batch size, objective
 included. Noise is drawn anew in every round, from a key of its own; drawing and adding count. A
@@ -35,7 +36,7 @@ class Noisy:
 
     def __init__(self, work: Work, law: str = "rademacher", linear: bool = False) -> None:
         self.engine, self.batch, self.law = Engine(work.model, cross_entropy), work.batch, law
-        self.plan = Plan.uniform(work.rows, work.directions)
+        self.plan = Plan.uniform(work.rows, work.directions).to(work.device)
         self.numbers = count()
         sites = dict(ModelOracle(self.engine, self.batch).sites)
         matrices = (name for name, value in self.engine.params.items() if value.dim() > 1)
@@ -77,7 +78,7 @@ def measure(work: Work, rounds: int) -> list[dict[str, Any]]:
         "step, all layers": every.step,
         "step, matrices alone": linear.step,
     }
-    seconds = interleaved(variants, rounds)
+    seconds = interleaved(variants, rounds, work.device.type)
     each = {
         name: total / (queries + rows * name.startswith("step")) for name, total in seconds.items()
     }
@@ -92,15 +93,15 @@ def main() -> None:
     asked = options("activation_noise", rounds=15)
     keep_freed_pages()
     everything = {name: make for name, make in works().items() if "256 L=4" in name}
-    print(f"{torch.get_num_threads()} threads")
+    print(f"{asked.device}, {torch.get_num_threads()} threads")
     print(f"{'work':40}{'variant':26}{'ms/query':>10}{'of inference':>14}")
     results = []
     for make in chosen(everything, asked.only).values():
-        for entry in measure(make(), asked.rounds):
+        for entry in measure(make().to(asked.device), asked.rounds):
             results.append(entry)
             ms, ratio = 1e3 * entry["seconds"], entry["of_inference"]
             print(f"{entry['work']:40}{entry['variant']:26}{ms:10.4f}{ratio:14.3f}", flush=True)
-    merge(asked.output, results, everything, asked.rounds)
+    merge(asked.output, results, everything, asked.rounds, asked.device)
 
 
 if __name__ == "__main__":

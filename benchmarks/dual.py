@@ -1,6 +1,7 @@
 """Exact slopes against plain inference, whole steps: noise, loss and update included.
 
-    python -m benchmarks.dual [--rounds N] [--only PATTERN] [--output FILE]
+    python -m benchmarks.dual [--rounds N] [--only PATTERN] [--device DEVICE]
+        [--output FILE]
 
 The cost of one slope in forward passes of its row; the denominator is the fastest plain inference
 over the same rows at any batch size, objective included. Beside the structured dual with 1 to 16
@@ -35,17 +36,17 @@ def measure(work: Work, rounds: int) -> list[dict[str, Any]]:
     counts = dict.fromkeys(variants, len(index))
     for number in DIRECTIONS:
         name = f"dual, {number} shared"
-        variants[name] = steps.dual(model, batch, Plan.uniform(rows, number, rows))
+        variants[name] = steps.dual(model, batch, Plan.uniform(rows, number, rows).to(work.device))
         counts[name] = number * rows
-    shared = Plan.uniform(rows, work.directions, rows)
-    private = Plan.uniform(rows, work.directions)
+    shared = Plan.uniform(rows, work.directions, rows).to(work.device)
+    private = Plan.uniform(rows, work.directions).to(work.device)
     variants[f"dual, {work.directions} private"] = steps.dual(model, batch, private)
     variants["jvp, dense"] = steps.jvp(model, batch)
     variants[f"vmap(jvp), {work.directions} dense"] = steps.dual(model, batch, shared, "jvp")
     variants["backprop, a gradient"] = steps.backprop(model, batch)
     counts |= {"jvp, dense": rows, "backprop, a gradient": rows}
 
-    seconds = interleaved(variants, rounds)
+    seconds = interleaved(variants, rounds, work.device.type)
     each = {name: total / counts.get(name, len(index)) for name, total in seconds.items()}
     best = min(each[name] for name in each if name.startswith("inference"))
     return [
@@ -63,18 +64,18 @@ def table(entries: list[dict[str, Any]]) -> None:
 def main() -> None:
     asked = options("dual", rounds=7)
     keep_freed_pages()
-    print(f"{torch.get_num_threads()} threads")
+    print(f"{asked.device}, {torch.get_num_threads()} threads")
     print(f"{'work':34}{'variant':24}{'ms/slope':>10}{'forwards':>10}")
     results = []
     for name, made in chosen({name: works()[name] for name in WORKS}, asked.only).items():
         try:
-            entries = measure(made(), asked.rounds)
+            entries = measure(made().to(asked.device), asked.rounds)
         except MissingError as error:
             print(f"{name:34}skipped: {error}")
             continue
         table(entries)
         results += entries
-    merge(asked.output, results, WORKS, asked.rounds)
+    merge(asked.output, results, WORKS, asked.rounds, asked.device)
 
 
 if __name__ == "__main__":

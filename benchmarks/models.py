@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -41,6 +41,14 @@ class Work:
     def rows(self) -> int:
         return len(self.batch)
 
+    @property
+    def device(self) -> torch.device:
+        return self.batch.device
+
+    def to(self, device: str) -> Work:
+        """The same there."""
+        return replace(self, model=self.model.to(device), batch=self.batch.to(device))
+
 
 class Block(nn.Module):
     """A plain pre-norm block: every product is an `F.linear` of its own or fused attention."""
@@ -62,9 +70,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Plain blocks on vectors, with a classifier on the mean."""
 
-    def __init__(self, width: int, depth: int) -> None:
+    def __init__(self, width: int, depth: int, head: int = 32) -> None:
         super().__init__()
-        self.body = nn.Sequential(*(Block(width, width // 32) for _ in range(depth)))
+        self.body = nn.Sequential(*(Block(width, width // head) for _ in range(depth)))
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,6 +119,12 @@ def vectors(model: Callable[[], nn.Module], rows: int, tokens: int, width: int) 
         return model().eval(), Batch((x,), targets)
 
 
+def short(model: Callable[[], nn.Module], rows: int, tokens: int, width: int) -> Parts:
+    """`vectors` in bfloat16."""
+    network, batch = vectors(model, rows, tokens, width)
+    return network.bfloat16(), batch.to("cpu", torch.bfloat16)
+
+
 def minilm(dtype: Literal["float32", "bfloat16"], rows: int, tokens: int) -> Parts:
     """The encoder of the recipe movie-reviews-minilm, and rows of full length.
 
@@ -152,4 +166,7 @@ def works() -> Mapping[str, Callable[[], Work]]:
     for rows, tokens in ((128, 8), (1024, 1)):
         name = f"linear d=1024, {rows} distinct x {tokens}"
         add(name, partial(vectors, wide, rows, tokens, 1024), 1, rows // 8)
+    for width in (1024, 4096):
+        name = f"blocks bfloat16 d={width} L=4, 8 x (16 x 64)"
+        add(name, partial(short, partial(Transformer, width, 4, 128), 16, 64, width), 8, 16, 4)
     return found

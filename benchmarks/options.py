@@ -9,6 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from benchmarks.results import FOLDER
 
 T = TypeVar("T")
@@ -21,6 +23,7 @@ class Options:
     rounds: int
     only: str
     output: Path
+    device: str
 
 
 def options(name: str, rounds: int) -> Options:
@@ -36,11 +39,16 @@ def options(name: str, rounds: int) -> Options:
         help="measures what has it in its name (* stands for anything), and keeps the results of "
         "the rest",
     )
-    parser.add_argument("--output", type=Path, default=FOLDER / f"{name}.json", metavar="FILE")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="results/NAME.json, NAME-cuda.json on a GPU"
+    )
     asked = parser.parse_args()
+    kind = torch.device(asked.device).type
+    file = FOLDER / (f"{name}.json" if kind == "cpu" else f"{name}-{kind}.json")
     if asked.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {asked.rounds}")
-    return Options(asked.rounds, asked.only, asked.output)
+    return Options(asked.rounds, asked.only, asked.output or file, asked.device)
 
 
 def chosen(everything: Mapping[str, T], pattern: str) -> dict[str, T]:

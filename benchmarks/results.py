@@ -25,7 +25,11 @@ def write(path: Path, results: Any, device: str = "cpu") -> None:
 
 
 def merge(
-    path: Path, entries: list[dict[str, Any]], works: Collection[str], rounds: int
+    path: Path,
+    entries: list[dict[str, Any]],
+    works: Collection[str],
+    rounds: int,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Writes entries beside those of other works that the file holds.
 
@@ -36,6 +40,7 @@ def merge(
         entries: each of a `work`.
         works: all there are: entries of any other are dropped.
         rounds: that were measured.
+        device: that they were measured on.
 
     Returns:
         All entries of the file, in the order of the works.
@@ -48,5 +53,5 @@ def merge(
     order = list(works)
     results = [entry for entry in results if entry["work"] in order]
     results.sort(key=lambda entry: order.index(entry["work"]))
-    write(path, results)
+    write(path, results, device)
     return results

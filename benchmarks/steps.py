@@ -53,7 +53,7 @@ def dual(model: nn.Module, batch: Batch, plan: Plan, rung: str = "dual") -> Step
         key = Key.root(0).fold(next(numbers))
         directions = Directions(key, oracle.params, plan.directions)
         slopes = oracle.slopes(plan.row, directions, plan.direction)[1]
-        total = torch.zeros(plan.directions, dtype=torch.float64)
+        total = slopes.new_zeros(plan.directions, dtype=torch.float64)
         total.index_add_(0, plan.direction, plan.weight * slopes.double())
         _update(engine.params, DirectionGradient(directions, total))
 
@@ -72,7 +72,8 @@ def jvp(model: nn.Module, batch: Batch) -> Step:
 
     def step() -> None:
         directions = Directions(Key.root(0).fold(next(numbers)), params, 1)
-        tangents = tuple(directions.dense(name, torch.arange(1))[0] for name in params)
+        first = torch.zeros(1, dtype=torch.int64, device=directions.device)
+        tangents = tuple(directions.dense(name, first)[0] for name in params)
         with torch.no_grad(), unfused():
             slopes = torch.func.jvp(losses, tuple(params.values()), tangents)[1]
         _update(params, DirectionGradient(directions, slopes.double().mean(0, keepdim=True)))
@@ -106,14 +107,14 @@ def update(model: nn.Module, plan: Plan) -> Step:
     """The part of `fold` that forms the gradient from drawn directions, and descends."""
     params = Engine(model, cross_entropy).params
     directions = _drawn(Directions(Key.root(0), params, plan.directions))
-    slopes = torch.linspace(-1, 1, plan.directions, dtype=torch.float64)
+    slopes = torch.linspace(-1, 1, plan.directions, dtype=torch.float64, device=directions.device)
     return lambda: _update(params, DirectionGradient(directions, slopes))
 
 
 def inference(model: nn.Module, batch: Batch, index: Tensor, size: int) -> Step:
     """Plain losses of the rows `index` (int64 [queries], may repeat), `size` at a time."""
     # Laid out beforehand: what it takes to gather rows is not inference.
-    parts = [batch.select(part) for part in index.split(size)]
+    parts = [batch.select(part) for part in index.to(batch.device).split(size)]
 
     def run() -> None:
         with torch.inference_mode():
@@ -147,7 +148,7 @@ def in_place(model: nn.Module, batch: Batch, seeds: int) -> Step:
     parameters = list(model.parameters())
 
     def sweep(seed: int, scale: float) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(parameters[0].device).manual_seed(seed)
         for parameter in parameters:
             drawn = torch.empty_like(parameter).normal_(generator=generator)
             parameter.add_(drawn, alpha=scale)
@@ -175,7 +176,7 @@ def _gradient(oracle: ModelOracle, plan: Plan, key: Key) -> Mapping[str, Tensor]
     directions = Directions(key, oracle.params, plan.directions)
     losses = oracle.losses(plan.row, directions, plan.direction, SIGMA).double()
     slopes = plan.weight * (losses - losses.mean()) / SIGMA
-    total = torch.zeros(plan.directions, dtype=torch.float64)
+    total = slopes.new_zeros(plan.directions)
     return DirectionGradient(directions, total.index_add_(0, plan.direction, slopes))
 
 

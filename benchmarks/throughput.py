@@ -1,6 +1,7 @@
 """Seconds of a query against plain inference, whole steps: noise, losses and update included.
 
-    python -m benchmarks.throughput [--rounds N] [--only PATTERN] [--output FILE]
+    python -m benchmarks.throughput [--rounds N] [--only PATTERN] [--device DEVICE]
+        [--output FILE]
 
 The denominator is the fastest plain inference over the same rows at any batch size, objective
 included. Beside the fold, with directions private to a row and shared by rows, stand the share of
@@ -34,8 +35,8 @@ def measure(work: Work, rounds: int) -> list[dict[str, Any]]:
     model, batch, rows = work.model, work.batch, work.rows
     seeds = max(1, work.directions // 2)
     plans = {
-        "private": Plan.uniform(rows, work.directions),
-        "shared": Plan.uniform(rows, work.directions, work.sharing or rows),
+        "private": Plan.uniform(rows, work.directions).to(work.device),
+        "shared": Plan.uniform(rows, work.directions, work.sharing or rows).to(work.device),
     }
     index = plans["private"].row
     variants = steps.plain(model, batch, index, {rows // 8, rows // 4, rows, 2 * rows, 4 * rows})
@@ -55,7 +56,8 @@ def measure(work: Work, rounds: int) -> list[dict[str, Any]]:
     variants["in place, seed replay"] = steps.in_place(model, batch, seeds)
     variants["backprop, per row"] = steps.backprop(model, batch)
 
-    seconds = interleaved(variants, max(1, rounds // work.patience))
+    patience = work.patience if work.device.type == "cpu" else 1
+    seconds = interleaved(variants, max(1, rounds // patience), work.device.type)
     each = {name: total / counts.get(name, len(index)) for name, total in seconds.items()}
     best = min(each[name] for name in each if name.startswith("inference"))
     found = []
@@ -86,19 +88,19 @@ def table(entries: list[dict[str, Any]]) -> None:
 def main() -> None:
     asked = options("throughput", rounds=7)
     keep_freed_pages()
-    print(f"{torch.get_num_threads()} threads")
+    print(f"{asked.device}, {torch.get_num_threads()} threads")
     print(f"{'work':40}{'variant':24}{'ms/query':>10}{'of inference':>14}{'of step':>9}")
     results = []
     for name, made in chosen(works(), asked.only).items():
         try:
-            work = made()
+            work = made().to(asked.device)
         except MissingError as error:
             print(f"{name:40}skipped: {error}")
             continue
         entries = measure(work, asked.rounds)
         table(entries)
         results += entries
-    merge(asked.output, results, works(), asked.rounds)
+    merge(asked.output, results, works(), asked.rounds, asked.device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""A GPU gives the numbers that a CPU gives: every estimator, float64, on models with every rule."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fwdlearn.allocator import Plan
+from fwdlearn.batch import Batch
+from fwdlearn.engine import Engine
+from fwdlearn.estimator import Estimator
+from fwdlearn.keys import Key
+from fwdlearn.objectives import cross_entropy
+from fwdlearn.oracle import ModelOracle
+from fwdlearn.registry import entries, load
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+class Block(nn.Module):
+    """Embedding, norm, attention and a convolution: what has a rule of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(11, 8), nn.LayerNorm(8)
+        self.project, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.mix = nn.Conv1d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.embed(ids))
+        q, k, v = (part.unsqueeze(1) for part in self.project(x).chunk(3, dim=-1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        x = F.gelu(self.mix(x.transpose(1, 2)))
+        return self.head(x.mean(2))
+
+
+def network() -> nn.Module:
+    widths = (nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+    return nn.Sequential(*widths, nn.Linear(8, 3))
+
+
+def inputs(name: str) -> Tensor:
+    return torch.randint(11, (4, 5)) if name == "block" else torch.randn(4, 6, dtype=torch.float64)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"network": network, "block": Block}
+
+
+def example(target: str, number: int) -> Estimator:
+    found: Estimator = load(target).examples()[number]
+    return found
+
+
+def gradient(
+    model: nn.Module, batch: Batch, estimator: Estimator, counts: int
+) -> tuple[dict[str, Tensor], float]:
+    oracle = ModelOracle(Engine(model, cross_entropy), batch)
+    plan = Plan.uniform(len(batch), counts).to(batch.device)
+    state = estimator.init(oracle.params)
+    for step in range(2):
+        key = Key.root(3).fold(step)
+        found, state = estimator.estimate(oracle, oracle.params, state, key=key, plan=plan)
+    return {name: value.cpu() for name, value in found.grad.items()}, float(found.loss)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [
+        pytest.param(entry.target, number, id=f"{name}-{number}")
+        for name, entry in entries("estimator").items()
+        for number in range(len(load(entry.target).examples()))
+    ],
+)
+def test_estimates_agree(target: str, number: int, model: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        here = MODELS[model]().double()
+        batch = Batch((inputs(model),), torch.arange(4) % 3)
+    there = copy.deepcopy(here).cuda()
+    expected, loss = gradient(here, batch, example(target, number), 4)
+    found, found_loss = gradient(there, batch.to("cuda"), example(target, number), 4)
+    assert found_loss == pytest.approx(loss, rel=1e-9)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        # Differences of losses over sigma lose some six of sixteen digits.
+        assert (found[name] - value).norm() <= 1e-6 * (1e-12 + value.norm()), name
