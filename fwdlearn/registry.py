@@ -81,7 +81,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "data": {
         name: f"fwdlearn.data:{name}"
-        for name in ("digits", "idx", "npz", "csv", "jsonl", "image_folder", "sequential_digits")
+        for name in (
+            *("digits", "idx", "npz", "csv", "jsonl", "image_folder", "sequential_digits"),
+            *("delayed_recall", "copying_memory", "adding_problem", "mackey_glass"),
+            *("characters", "csv_series"),
+        )
     },
     "objective": {
         name: f"fwdlearn.objectives:{name}"

@@ -304,6 +304,10 @@ class Trainer:
 
     def examples(self, step: int) -> Tensor:
         """int64 [rows]: the numbers of the training rows of a step's batch."""
+        if getattr(self.data.train, "endless", False):
+            # From a place of the run's own, so that runs with other seeds see other rows.
+            place = int(self.key.fold("data").uniform(1)[0] * (len(self.data.train) >> 1))
+            return place + step * self.batch_size + torch.arange(self.batch_size)
         per_epoch = len(self.data.train) // self.batch_size
         epoch, place = divmod(step, per_epoch)
         return self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]

@@ -21,7 +21,7 @@ from fwdlearn.errors import UsageError
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """Features float64 [rows, columns], the target as text, and the line of each row."""
 
     path: Path
@@ -68,16 +68,16 @@ def csv(
     if len(delimiter) != 1:
         raise UsageError(f"csv(delimiter=...) must be one character, got {delimiter!r}.")
     file = existing_file(path, "csv(path=...)", "a table with a header")
-    table = _table(file, target, features, delimiter)
+    table = read_table(file, target, features, delimiter)
     other = None
     if evaluation_path is not None:
         expected = "a table with the same columns"
         file = existing_file(evaluation_path, "csv(evaluation_path=...)", expected)
-        other = _table(file, target, table.columns, delimiter)
+        other = read_table(file, target, table.columns, delimiter)
     if regression:
         info = DataInfo("features", (len(table.columns),), None)
-        targets = _values(table, target)
-        other_targets = None if other is None else _values(other, target)
+        targets = target_numbers(table, target).float()
+        other_targets = None if other is None else target_numbers(other, target).float()
     else:
         labels = _labels(table)
         order = class_order(labels, f"{table.path}: column {target!r}")
@@ -108,11 +108,22 @@ def csv(
     return Data(info, rows(inputs, targets))
 
 
-def _table(path: Path, target: str, features: Sequence[str] | None, delimiter: str) -> _Table:
+def read_table(
+    path: Path,
+    target: str,
+    features: Sequence[str] | None,
+    delimiter: str,
+    alone: bool = False,
+) -> Table:
+    """Reads a table; see `csv` for the arguments and what is raised.
+
+    Args:
+        alone: whether the target may be the only column.
+    """
     lines = reader.reader(io.StringIO(text_of(path), newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(lines)]
-        columns = _columns(path, header, target, features)
+        columns = _columns(path, header, target, features, alone)
         place = {name: header.index(name) for name in (*columns, target)}
         values: list[list[float]] = []
         targets: list[str] = []
@@ -137,11 +148,11 @@ def _table(path: Path, target: str, features: Sequence[str] | None, delimiter: s
         ) from error
     if not values:
         raise UsageError(f"{path}: only a header and no rows; it must hold at least one row.")
-    return _Table(path, columns, torch.tensor(values, dtype=torch.float64), targets, numbers)
+    return Table(path, columns, torch.tensor(values, dtype=torch.float64), targets, numbers)
 
 
 def _columns(
-    path: Path, header: list[str], target: str, features: Sequence[str] | None
+    path: Path, header: list[str], target: str, features: Sequence[str] | None, alone: bool
 ) -> tuple[str, ...]:
     """The feature columns, once the header is known to name each of them exactly once."""
     for name in header:
@@ -154,10 +165,10 @@ def _columns(
             shown = ", ".join(header[:20])
             raise UsageError(f"{path}:1: there is no column {name!r} in {shown}.{nearest}")
     columns = tuple(name for name in header if name != target) if features is None else features
-    if not columns or target in columns:
+    if not (columns or alone) or target in columns:
         raise UsageError(
-            f"{path}:1: the features must be one or more columns other than the target "
-            f"{target!r}, got {', '.join(columns) or 'none'}."
+            f"{path}:1: the features must be {'' if alone else 'one or more '}columns other than "
+            f"the target {target!r}, got {', '.join(columns) or 'none'}."
         )
     return tuple(columns)
 
@@ -178,13 +189,13 @@ def _number(field: str, column: str, where: str) -> float:
     return value
 
 
-def _values(table: _Table, target: str) -> Tensor:
-    """Targets of a regression, float32 [rows, 1]."""
+def target_numbers(table: Table, target: str) -> Tensor:
+    """Targets of a regression, float64 [rows, 1]."""
     rows = [_number(field, target, table.where(i)) for i, field in enumerate(table.target)]
-    return torch.tensor(rows, dtype=torch.float32).unsqueeze(1)
+    return torch.tensor(rows, dtype=torch.float64).unsqueeze(1)
 
 
-def _labels(table: _Table) -> list[Label]:
+def _labels(table: Table) -> list[Label]:
     """Class names, as whole numbers if all of them are: then 10 comes after 9."""
     try:
         return [int(field) for field in table.target]

@@ -41,7 +41,11 @@ class DataInfo:
 
 
 class Dataset(Protocol):
-    """Rows by number."""
+    """Rows by number.
+
+    One with an attribute `endless` that is true makes rows of their numbers: a run then goes from
+    each number to the next and sees none twice, where others are gone through in a shuffled order.
+    """
 
     def __len__(self) -> int: ...
 
