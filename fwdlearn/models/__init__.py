@@ -8,6 +8,7 @@ from fwdlearn.models.mlp import mlp
 from fwdlearn.models.prompted import prompted
 from fwdlearn.models.recurrent import Recurrent, State, recurrent
 from fwdlearn.models.transformers import transformers
+from fwdlearn.models.unrolled import Unrolled, roll, unroll
 from fwdlearn.models.vit import vit
 
 __all__ = [
@@ -16,12 +17,15 @@ __all__ = [
     "ImageProcessor",
     "Recurrent",
     "State",
+    "Unrolled",
     "cnn",
     "decorrelated",
     "fold_into_weights",
     "mlp",
     "prompted",
     "recurrent",
+    "roll",
     "transformers",
+    "unroll",
     "vit",
 ]

@@ -83,3 +83,32 @@ KINDS: Mapping[str, Kind] = {
     "lstm": Kind(_lstm, 4, ("h", "m")),
     "minimal": Kind(_minimal, 2),
 }
+
+
+def scan(
+    kind: Kind,
+    a: Tensor,
+    recurrent: Callable[[Tensor], Tensor],
+    memory: Memory,
+    backwards: bool = False,
+    project: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[list[Tensor], Memory]:
+    """One layer along a sequence.
+
+    Args:
+        a: W x + b of every step, [rows, steps, gates * width]: one product instead of many.
+        recurrent: h -> U h + c.
+        memory: before the first step.
+        backwards: from the last step to the first.
+        project: what becomes of the output before anything else sees it.
+
+    Returns:
+        The output at each step, in the order of `a`, and the memory after the last one taken.
+    """
+    steps, out = list(a.unbind(1)), []
+    for a_t in reversed(steps) if backwards else steps:
+        memory = kind.rule(a_t, recurrent(memory[0]), memory)
+        if project is not None:
+            memory = (project(memory[0]), *memory[1:])
+        out.append(memory[0])
+    return out[::-1] if backwards else out, memory

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fwdlearn.data.types import DataInfo
 from fwdlearn.errors import UsageError
 from fwdlearn.models.built import Built, weights_from
-from fwdlearn.models.cells import KINDS, Kind
+from fwdlearn.models.cells import KINDS, Kind, Memory, scan
 from fwdlearn.models.decorrelation import decorrelated
 
 State = dict[str, Tensor]
@@ -30,7 +30,7 @@ class Cell(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -1 / math.sqrt(width), 1 / math.sqrt(width))
 
-    def forward(self, x: Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, memory: Memory) -> Memory:
         return self.kind.rule(self.input(x), self.recurrent(memory[0]), memory)
 
 
@@ -88,30 +88,34 @@ class Recurrent(nn.Module):
         Returns:
             What goes out, [rows, outputs], and the next state.
         """
-        h, state = self._advance(x, state)
-        return self.head(h), state
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [rows, steps, inputs], or tokens int64 [rows, steps], to [rows, steps, outputs].
-
-        Or to [rows, outputs], if `last`.
-        """
-        state, out = self.initial(len(x)), []
-        for x_t in x.unbind(1):
-            h, state = self._advance(x_t, state)
-            if not self.last:
-                out.append(self.head(h))
-        return self.head(h) if self.last else torch.stack(out, 1)
-
-    def _advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """The output of the last layer and the next state."""
         h = x if self.embedding is None else self.embedding(x)
         after: State = {}
         for number, cell in enumerate(self._cells()):
-            memory = cell(h, tuple(state[f"{number}.{slot}"] for slot in cell.kind.slots))
+            memory = cell(h, self._memory(number, state))
             after |= {f"{number}.{s}": m for s, m in zip(cell.kind.slots, memory, strict=True)}
             h = memory[0]
-        return h, after
+        return self.head(h), after
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All steps, from the initial state.
+
+        Args:
+            x: [rows, steps, inputs], or int64 [rows, steps] of tokens.
+
+        Returns:
+            [rows, steps, outputs]; [rows, outputs] of the last step if `last`.
+        """
+        state = self.initial(len(x))
+        h = x if self.embedding is None else self.embedding(x)
+        for number, cell in enumerate(self._cells()):
+            out, _ = scan(cell.kind, cell.input(h), cell.recurrent, self._memory(number, state))
+            if self.last and number == len(self.cells) - 1:
+                return self.head(out[-1])
+            h = torch.stack(out, 1)
+        return self.head(h)
+
+    def _memory(self, number: int, state: State) -> Memory:
+        return tuple(state[f"{number}.{slot}"] for slot in self._cells()[number].kind.slots)
 
     def _cells(self) -> list[Cell]:
         return list(self.cells)  # type: ignore[arg-type]
