@@ -25,6 +25,8 @@ from fwdlearn.keys import Key, stream_id
 _KEEP_BYTES = 256 * 2**20
 # Numbers expanded at once, so that building a gradient needs little beside the gradient.
 _EXPAND_BYTES = 16 * 2**20
+# The same on a GPU, where every operation that is started costs as much as a sweep over these.
+_EXPAND_BYTES_GPU = 512 * 2**20
 # What three passes over the same numbers find again in a cache.
 _CACHE_BYTES = 2**20
 # A parameter with more numbers a direction is expanded alone, and only where it is asked for.
@@ -40,6 +42,8 @@ class Law(ABC):
     name: ClassVar[str]
     numbers_per_block: ClassVar[int]
     raw_bytes_per_block: ClassVar[int]
+    # Whether bfloat16 holds every number exactly.
+    short: ClassVar[bool] = False
 
     @abstractmethod
     def raw(self, words: Tensor) -> Tensor:
@@ -60,6 +64,7 @@ class Rademacher(Law):
     name = "rademacher"
     numbers_per_block = 128
     raw_bytes_per_block = 16
+    short = True
 
     def raw(self, words: Tensor) -> Tensor:
         return words.to(torch.int32)
@@ -74,7 +79,8 @@ class Rademacher(Law):
         shifts = torch.arange(width - 1, -1, -1, dtype=size, device=raw.device)
         sign = -(1 << (width - 1))
         out = torch.empty(count, words.shape[1], width, dtype=size, device=raw.device)
-        step = max(1, _CACHE_BYTES // max(1, out[:1].numel() * size.itemsize))
+        cache = _CACHE_BYTES if raw.device.type == "cpu" else _EXPAND_BYTES_GPU
+        step = max(1, cache // max(1, out[:1].numel() * size.itemsize))
         for start in range(0, count, step):
             part = out[start : start + step]
             torch.bitwise_left_shift(words[start : start + step, :, None], shifts, out=part)
@@ -239,6 +245,10 @@ class Directions:
     def device(self) -> torch.device:
         return next(iter(self.params.values())).device
 
+    @property
+    def _expand_bytes(self) -> int:
+        return _EXPAND_BYTES if self.device.type == "cpu" else _EXPAND_BYTES_GPU
+
     def at(self, ids: Tensor | slice, together: bool = True) -> Factors:
         """Some of the directions, to be asked for all parameters `together` or for a few."""
         return Factors(self, ids, together)
@@ -271,7 +281,7 @@ class Directions:
 
     def chunks(self, name: str, count: int) -> Iterator[slice]:
         """Slices of `count` directions whose numbers for `name` fit in a fixed space."""
-        size = max(1, _EXPAND_BYTES // (4 * self.sites[name].numbers))
+        size = max(1, self._expand_bytes // (4 * self.sites[name].numbers))
         for start in range(0, count, size):
             yield slice(start, min(start + size, count))
 
@@ -289,7 +299,7 @@ class Directions:
         dtypes = {site.dtype for site in self.sites.values()}
         blocks = self._blocks(long=False)
         numbers = LAWS[self.law].numbers_per_block * blocks * self.count
-        if len(dtypes) > 1 or 4 * numbers > _EXPAND_BYTES:
+        if len(dtypes) > 1 or 4 * numbers > self._expand_bytes:
             return None
         with torch.inference_mode(False):
             return LAWS[self.law].expand(self.raw(slice(None), 0, blocks), dtypes.pop())
@@ -310,7 +320,7 @@ class Directions:
         # The buffers outlive inference mode: an optimizer may work on them in place.
         with torch.inference_mode(False):
             block, low, high = (part[start:stop] for part in _counters(streams, self.device))
-            size = max(1, _EXPAND_BYTES // (64 * max(1, stop - start)))
+            size = max(1, self._expand_bytes // (64 * max(1, stop - start)))
             parts = []
             for chunk in ids.split(size):
                 words = self.key.words(block, chunk.unsqueeze(1), (low, high))

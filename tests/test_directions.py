@@ -13,7 +13,7 @@ from torch import Tensor
 import fwdlearn.directions
 from fwdlearn.directions import Directions, LowRank, scales_of
 from fwdlearn.errors import UsageError
-from fwdlearn.gradient import DirectionGradient
+from fwdlearn.gradient import DirectionGradient, thirds
 from fwdlearn.keys import Key
 
 FALSE_ALARM = 1e-6
@@ -220,3 +220,9 @@ def test_the_first_pattern_that_matches_gives_the_size() -> None:
 def test_refusals(law: str, rank: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Directions(Key.root(0), params(), 1, law, rank)
+
+
+def test_three_short_parts_are_the_number() -> None:
+    value = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    parts = thirds(value).double().view(50, 3, 7)
+    assert torch.equal(parts.sum(1), value.double())

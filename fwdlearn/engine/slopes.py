@@ -87,6 +87,8 @@ class Slopes:
         # Whether the loss of a row depends on the rows beside it.
         self._mixing = sequential.mixes_rows(model)
 
+    # Before torch 2.12, forward derivatives are silently zero in inference mode.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
         self,
@@ -128,6 +130,7 @@ class Slopes:
         except JvpError as error:
             raise UsageError(_refused(self.model, [f"jvp: {error}"])) from error
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def choose(
         self, batch: Batch, dropout: Key | None = None, failed: Sequence[str] = ()

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fwdlearn.allocator import Plan
 from fwdlearn.batch import Batch
+from fwdlearn.directions import LAWS, Directions
 from fwdlearn.engine import Engine
 from fwdlearn.estimator import Estimator
+from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 from fwdlearn.objectives import cross_entropy
 from fwdlearn.oracle import ModelOracle
@@ -94,3 +96,38 @@ def test_estimates_agree(target: str, number: int, model: str) -> None:
     for name, value in expected.items():
         # Differences of losses over sigma lose some six of sixteen digits.
         assert (found[name] - value).norm() <= 1e-6 * (1e-12 + value.norm()), name
+
+
+@pytest.mark.parametrize("rank", [1, 3, None])
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_summed_in_float32(dtype: torch.dtype, law: str, rank: int | None) -> None:
+    weights = {"matrix": torch.zeros(40, 24, dtype=dtype), "vector": torch.zeros(9, dtype=dtype)}
+    slopes = torch.linspace(-2, 3, 50, dtype=torch.float64)
+    sums = []
+    for device in ("cpu", "cuda"):
+        there = {name: value.to(device) for name, value in weights.items()}
+        family = Directions(Key.root(0), there, 50, law=law, rank=rank)
+        sums.append(dict(DirectionGradient(family, slopes.to(device))))
+    for name, value in sums[0].items():
+        assert sums[1][name].dtype == torch.float32
+        # Normal numbers are rounded to a short dtype by each backend on its own.
+        close = 1e-6 if law == "rademacher" or dtype == torch.float32 else 1e-2
+        assert (sums[1][name].cpu() - value).norm() <= close * value.norm(), name
+
+
+@pytest.mark.parametrize("rung", ["fold", "copies", "sequential"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_rung_runs(model: str, rung: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        here = MODELS[model]().double()
+        batch = Batch((inputs(model),), torch.arange(4) % 3)
+    losses = []
+    for device, used in (("cpu", "auto"), ("cuda", rung)):
+        engine = Engine(copy.deepcopy(here).to(device), cross_entropy, rung=used)
+        oracle = ModelOracle(engine, batch.to(device))
+        plan = Plan.uniform(4, 3).to(device)
+        family = Directions(Key.root(0), oracle.params, plan.directions)
+        losses.append(oracle.losses(plan.row, family, plan.direction, 1e-3).cpu())
+    assert (losses[0] - losses[1]).abs().max() <= 1e-10
