@@ -40,11 +40,13 @@ class Kind:
         rule: one step.
         gates: parts of a and r.
         slots: what the memory holds, its output first.
+        keeps: parts that decide what is kept, and whether a large one keeps (1) or lets go (-1).
     """
 
     rule: Rule
     gates: int
     slots: tuple[str, ...] = ("h",)
+    keeps: tuple[tuple[int, int], ...] = ()
 
 
 def _elman(activation: Callable[[Tensor], Tensor]) -> Rule:
@@ -79,9 +81,9 @@ def _minimal(a: Tensor, r: Tensor, memory: Memory) -> Memory:
 KINDS: Mapping[str, Kind] = {
     "elman": Kind(_elman(torch.tanh), 1),
     "elman-relu": Kind(_elman(torch.relu), 1),
-    "gru": Kind(_gru, 3),
-    "lstm": Kind(_lstm, 4, ("h", "m")),
-    "minimal": Kind(_minimal, 2),
+    "gru": Kind(_gru, 3, keeps=((1, 1),)),
+    "lstm": Kind(_lstm, 4, ("h", "m"), keeps=((0, -1), (1, 1))),
+    "minimal": Kind(_minimal, 2, keeps=((0, -1),)),
 }
 
 

@@ -30,6 +30,18 @@ class Cell(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -1 / math.sqrt(width), 1 / math.sqrt(width))
 
+    @torch.no_grad()
+    def remember(self, steps: int) -> None:
+        """Draws the biases of gates so that units keep what they hold for 2 to `steps` steps.
+
+        C. Tallec and Y. Ollivier, "Can recurrent neural networks warp time?" (arXiv 1804.11188).
+        """
+        bias = torch.log(1 + (steps - 2) * torch.rand(self.width))
+        for part, sign in self.kind.keeps:
+            place = slice(part * self.width, (part + 1) * self.width)
+            self.input.bias[place] = sign * bias
+            self.recurrent.bias[place] = 0
+
     def forward(self, x: Tensor, memory: Memory) -> Memory:
         return self.kind.rule(self.input(x), self.recurrent(memory[0]), memory)
 
@@ -127,6 +139,7 @@ def recurrent(
     hidden: Sequence[int] = (64,),
     embedding: int = 32,
     bias: bool = True,
+    remember: int | None = None,
     decorrelation: float | None = None,
     seed: int = 0,
 ) -> Built:
@@ -140,6 +153,9 @@ def recurrent(
         hidden: width of each layer, at least one number and each at least 1.
         embedding: width of the vectors that stand for tokens, at least 1.
         bias: whether the linear layers have biases.
+        remember: steps over which units remember at first, at least 2: biases of gates are drawn
+            for times of 2 to that many (see `Cell.remember`); None draws them as all weights.
+            Worth a try wherever an answer comes long after what it is about.
         decorrelation: size of a step of the layers that decorrelate the inputs of the linear ones
             (1e-3 is a start), or None for no such layers.
         seed: of the weights, drawn as torch draws them for its recurrent layers.
@@ -161,10 +177,19 @@ def recurrent(
         )
     if embedding < 1:
         raise UsageError(f"recurrent(embedding=...) must be at least 1, got {embedding!r}.")
+    if remember is not None and (remember < 2 or not bias or not KINDS[cell].keeps):
+        raise UsageError(
+            "recurrent(remember=...) needs a cell with gates (gru, lstm or minimal), biases, and "
+            f"a value of at least 2, got {remember!r} for {cell}"
+            f"{'' if bias else ' without biases'}."
+        )
     inputs, width = info.shape[-1], None
     if info.kind == "tokens":
         inputs, width = info.outputs, embedding
     with weights_from(seed):
         made = Recurrent(cell, inputs, hidden, info.outputs, not info.per_step, width, bias)
+        for layer in made.cells if remember is not None else ():
+            assert isinstance(layer, Cell) and remember is not None
+            layer.remember(remember)
         model = made if decorrelation is None else decorrelated(made, decorrelation)
         return Built(model.eval())

@@ -127,6 +127,27 @@ def test_tokens_are_embedded() -> None:
     assert model.embedding is not None and model.embedding.weight.shape == (5, 3)
 
 
+@pytest.mark.parametrize("cell", ["gru", "lstm", "minimal"])
+def test_units_begin_with_memories_of_all_lengths(cell: str) -> None:
+    """What is held fades by 1 - 1/t a step, with t between 2 and the steps asked for."""
+    model = _model(cell=cell, hidden=[200], remember=50)
+    layer = model.cells[0]
+    # Nothing comes in and nothing comes back: what is left is the gate's doing.
+    layer.input.weight.data.zero_()
+    layer.recurrent.weight.data.zero_()
+    held = {name: torch.full_like(value, 1e-4) for name, value in model.initial(1).items()}
+    slot = layer.kind.slots[-1]
+    kept = []
+    for value in (0.0, 1e-4):
+        held[f"0.{slot}"] = torch.full((1, 200), value)
+        with torch.no_grad():
+            kept.append(model.step(torch.zeros(1, 2), held)[1][f"0.{slot}"])
+    times = 1 / (1 - (kept[1] - kept[0]) / 1e-4)
+    assert float(times.min()) >= 1.9 and float(times.max()) < 50.1
+    # Uniform in [2, 50): the mean of 200 has a standard error of 1.0.
+    assert abs(float(times.mean()) - 26) < 5
+
+
 def test_decorrelation_folds_into_the_weights() -> None:
     model = recurrent(SERIES, decorrelation=0.1).module
     for module in model.modules():
@@ -144,6 +165,9 @@ def test_decorrelation_folds_into_the_weights() -> None:
         (SERIES, {"cell": "gro"}, r"recurrent\(cell=...\) must be one of elman, .*, got 'gro'"),
         (SERIES, {"hidden": []}, r"recurrent\(hidden=...\) must hold one width or more.* got \[\]"),
         (SERIES, {"hidden": [4, 0]}, r"recurrent\(hidden=...\) .* got \[4, 0\]"),
+        (SERIES, {"remember": 1}, r"\(remember=...\) needs a cell with gates .*, got 1 for gru"),
+        (SERIES, {"remember": 9, "cell": "elman"}, "got 9 for elman"),
+        (SERIES, {"remember": 9, "bias": False}, "got 9 for gru without biases"),
         (LETTERS, {"embedding": 0}, r"recurrent\(embedding=...\) must be at least 1, got 0"),
     ],
 )
