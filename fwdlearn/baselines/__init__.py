@@ -5,7 +5,18 @@ from fwdlearn.baselines.backpropagation import (
     BaselineTrainer,
     GradientOracle,
     ReverseOracle,
+    TruncatedBackpropagation,
     is_baseline,
 )
+from fwdlearn.baselines.reservoir import fit_readout, reservoir
 
-__all__ = ["Backpropagation", "BaselineTrainer", "GradientOracle", "ReverseOracle", "is_baseline"]
+__all__ = [
+    "Backpropagation",
+    "BaselineTrainer",
+    "GradientOracle",
+    "ReverseOracle",
+    "TruncatedBackpropagation",
+    "fit_readout",
+    "is_baseline",
+    "reservoir",
+]
