@@ -32,10 +32,19 @@ class Cell(nn.Module):
 
     @torch.no_grad()
     def remember(self, steps: int) -> None:
-        """Draws the biases of gates so that units keep what they hold for 2 to `steps` steps.
+        """Draws what decides how long units remember anew.
 
-        C. Tallec and Y. Ollivier, "Can recurrent neural networks warp time?" (arXiv 1804.11188).
+        With gates, their biases, so that units keep what they hold for 2 to `steps` steps (C.
+        Tallec and Y. Ollivier, "Can recurrent neural networks warp time?", arXiv 1804.11188).
+        Without, the recurrent weights: a rotation, or for relu the identity (Q. Le, N. Jaitly and
+        G. Hinton, "A simple way to initialize recurrent networks of rectified linear units", arXiv
+        1504.00941), times 1 - 1 / steps.
         """
+        if not self.kind.keeps:
+            weight = self.recurrent.weight
+            (nn.init.eye_ if self.kind is KINDS["elman-relu"] else nn.init.orthogonal_)(weight)
+            weight.mul_(1 - 1 / steps)
+            return
         bias = torch.log(1 + (steps - 2) * torch.rand(self.width))
         for part, sign in self.kind.keeps:
             place = slice(part * self.width, (part + 1) * self.width)
@@ -153,9 +162,9 @@ def recurrent(
         hidden: width of each layer, at least one number and each at least 1.
         embedding: width of the vectors that stand for tokens, at least 1.
         bias: whether the linear layers have biases.
-        remember: steps over which units remember at first, at least 2: biases of gates are drawn
-            for times of 2 to that many (see `Cell.remember`); None draws them as all weights.
-            Worth a try wherever an answer comes long after what it is about.
+        remember: steps over which units remember at first, at least 2: biases of gates, or the
+            recurrent weights where there are none, are drawn for that (see `Cell.remember`); None
+            draws them like all others. Wanted where an answer comes long after what it is about.
         decorrelation: size of a step of the layers that decorrelate the inputs of the linear ones
             (1e-3 is a start), or None for no such layers.
         seed: of the weights, drawn as torch draws them for its recurrent layers.
@@ -177,11 +186,11 @@ def recurrent(
         )
     if embedding < 1:
         raise UsageError(f"recurrent(embedding=...) must be at least 1, got {embedding!r}.")
-    if remember is not None and (remember < 2 or not bias or not KINDS[cell].keeps):
+    if remember is not None and remember < 2:
+        raise UsageError(f"recurrent(remember=...) must be at least 2, got {remember!r}.")
+    if remember is not None and KINDS[cell].keeps and not bias:
         raise UsageError(
-            "recurrent(remember=...) needs a cell with gates (gru, lstm or minimal), biases, and "
-            f"a value of at least 2, got {remember!r} for {cell}"
-            f"{'' if bias else ' without biases'}."
+            f"recurrent(remember=...) draws the biases of the gates of {cell}; bias must be true."
         )
     inputs, width = info.shape[-1], None
     if info.kind == "tokens":

@@ -148,6 +148,12 @@ def test_units_begin_with_memories_of_all_lengths(cell: str) -> None:
     assert abs(float(times.mean()) - 26) < 5
 
 
+@pytest.mark.parametrize("cell", ["elman", "elman-relu"])
+def test_without_gates_the_state_keeps_its_length(cell: str) -> None:
+    weight = _model(cell=cell, hidden=[20], remember=5).cells[0].recurrent.weight
+    torch.testing.assert_close(weight @ weight.T, 0.64 * torch.eye(20), rtol=0, atol=1e-5)
+
+
 def test_decorrelation_folds_into_the_weights() -> None:
     model = recurrent(SERIES, decorrelation=0.1).module
     for module in model.modules():
@@ -165,9 +171,12 @@ def test_decorrelation_folds_into_the_weights() -> None:
         (SERIES, {"cell": "gro"}, r"recurrent\(cell=...\) must be one of elman, .*, got 'gro'"),
         (SERIES, {"hidden": []}, r"recurrent\(hidden=...\) must hold one width or more.* got \[\]"),
         (SERIES, {"hidden": [4, 0]}, r"recurrent\(hidden=...\) .* got \[4, 0\]"),
-        (SERIES, {"remember": 1}, r"\(remember=...\) needs a cell with gates .*, got 1 for gru"),
-        (SERIES, {"remember": 9, "cell": "elman"}, "got 9 for elman"),
-        (SERIES, {"remember": 9, "bias": False}, "got 9 for gru without biases"),
+        (SERIES, {"remember": 1}, r"recurrent\(remember=...\) must be at least 2, got 1"),
+        (
+            SERIES,
+            {"remember": 9, "bias": False},
+            "draws the biases of the gates of gru; bias must be true",
+        ),
         (LETTERS, {"embedding": 0}, r"recurrent\(embedding=...\) must be at least 1, got 0"),
     ],
 )
