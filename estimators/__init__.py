@@ -7,6 +7,7 @@ if __name__ == "estimators":
 
 from .activity_forward_gradient import ActivityForwardGradient
 from .approximate_likelihood_ratio import ApproximateLikelihoodRatio
+from .causal_node_perturbation import CausalNodePerturbation
 from .forward_gradient import ForwardGradient
 from .likelihood_ratio import LikelihoodRatio
 from .node_perturbation import (
@@ -22,6 +23,7 @@ __all__ = [
     "ActivityForwardGradient",
     "ActivityNodePerturbation",
     "ApproximateLikelihoodRatio",
+    "CausalNodePerturbation",
     "ForwardGradient",
     "IterativeNodePerturbation",
     "LikelihoodRatio",

@@ -171,10 +171,88 @@ class ActivationOracle(LossOracle, Protocol):
         """
 
 
+class Moment(Protocol):
+    """One step of a batch of sequences."""
+
+    @property
+    def step(self) -> int:
+        """Its number, from 0."""
+
+    @property
+    def clean(self) -> Tensor:
+        """[rows]: what the step adds to the clean losses."""
+
+    @property
+    def losses(self) -> Tensor:
+        """[queries]: what it adds to the losses under noise of this step and of those before."""
+
+    @property
+    def shifts(self) -> Mapping[str, Tensor]:
+        """Name of a layer -> [queries, *shape], what noise has changed; empty unless asked for."""
+
+    @property
+    def exact(self) -> Mapping[str, Tensor]:
+        """`TimeOracle.step_head`, if any -> derivative of the step's losses, [rows, *shape].
+
+        By forward mode, one derivative for each number of a row.
+        """
+
+    def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Gradients of parameters by products with the clean inputs of this step's layers.
+
+        Args:
+            cotangents: name of a layer -> [rows, *shape], or a ChainMap of such.
+        """
+
+
+@runtime_checkable
+class TimeOracle(LossOracle, Protocol):
+    """Runs sequences step by step, with noise where layers put out their results."""
+
+    def length(self) -> int:
+        """Steps of the batch's sequences."""
+
+    @property
+    def step_sites(self) -> Mapping[str, Output]:
+        """Name of a layer -> what a row puts out there at a step."""
+
+    @property
+    def step_left_out(self) -> Mapping[str, str]:
+        """Name of a parameter -> why a part of its gradient cannot be had from any layer."""
+
+    def step_head(self) -> str | None:
+        """The layer whose output is what a step puts out, if the loss has a derivative there.
+
+        None where it is no layer's, or where the next state depends on it.
+        """
+
+    def moments(
+        self,
+        row: Tensor,
+        noise: Callable[[int], Noise],
+        index: Tensor,
+        scale: Tensor | float,
+        shifts: bool = False,
+    ) -> Iterator[Moment]:
+        """The steps, of a clean pass over the rows and of queries with noise.
+
+        Each costs what a whole pass over its sequence does: all together as many queries as there
+        are rows and as are asked for. Memory is that of one step.
+
+        Args:
+            row: int64 [queries], may repeat; none for a clean pass alone.
+            noise: number of a step -> the noise of that step, for `step_sites`.
+            index: int64 [queries], numbers within the noise.
+            scale: float, or [queries].
+            shifts: whether what changes at the layers is asked for.
+        """
+
+
 _OFFERS: Mapping[type, str] = {
     LossOracle: "losses",
     SlopeOracle: "slopes",
     ActivationOracle: "activation noise",
+    TimeOracle: "activation noise step by step",
 }
 
 
@@ -329,7 +407,7 @@ class ModelOracle:
                 if own[site]
             }
 
-        return _Lazy(made)
+        return Lazy(made)
 
     @property
     def left_out(self) -> Mapping[str, str]:
@@ -340,7 +418,7 @@ class ModelOracle:
             left_out = self._engine.activations.left_out
             return {name: why for name, why in left_out.items() if name in self._params}
 
-        return _Lazy(made)
+        return Lazy(made)
 
     def noisy_losses(
         self, row: Tensor, noise: Noise, index: Tensor, scale: Tensor | float
@@ -402,7 +480,7 @@ class ModelOracle:
 T = TypeVar("T")
 
 
-class _Lazy(Mapping[str, T]):
+class Lazy(Mapping[str, T]):
     """A mapping that is made when it is looked into: to ask what an oracle offers runs no model."""
 
     def __init__(self, make: Callable[[], Mapping[str, T]]) -> None:

@@ -54,6 +54,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "NodePerturbation": "fwdlearn.estimators:NodePerturbation",
         "ActivityNodePerturbation": "fwdlearn.estimators:ActivityNodePerturbation",
         "IterativeNodePerturbation": "fwdlearn.estimators:IterativeNodePerturbation",
+        "CausalNodePerturbation": "fwdlearn.estimators:CausalNodePerturbation",
         "RandomPerturbation": "fwdlearn.estimators:RandomPerturbation",
         "SPSA": "fwdlearn.estimators:SPSA",
         "LikelihoodRatio": "fwdlearn.estimators:LikelihoodRatio",

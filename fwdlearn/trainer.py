@@ -20,6 +20,7 @@ from fwdlearn.engine import Choice, Engine
 from fwdlearn.engine.calls import Calls
 from fwdlearn.engine.footprint import footprint
 from fwdlearn.engine.params import read_only
+from fwdlearn.engine.through_time import TimeEngine
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.forecast import counted, timed
@@ -31,6 +32,10 @@ from fwdlearn.metrics import Scores
 from fwdlearn.oracle import ActivationOracle, ModelOracle, forbid_backward, require
 from fwdlearn.progress import Journal, Progress, Window
 from fwdlearn.signals import check_signals, measured, read
+from fwdlearn.step_oracle import StepOracle
+from fwdlearn.steps import Steps
+
+AnyEngine = Engine | Calls | TimeEngine
 
 
 class Reporter(Protocol):
@@ -165,11 +170,7 @@ class Trainer:
         self.evaluation_batch_size = evaluation_batch_size
         self.sinks, self.journal = sinks, journal or Journal()
         self.key = Key.root(seed)
-        self.engine: Engine | Calls
-        if isinstance(model, BlackBox):
-            self.engine = Calls(model, objective, rung, memory_budget, compile)
-        else:
-            self.engine = Engine(model, objective, rung, memory_budget, compile)
+        self.engine: AnyEngine = self._engine(model)(model, objective, rung, memory_budget, compile)
         self._check_parts()
 
     def train(self) -> dict[str, Any]:
@@ -381,9 +382,17 @@ class Trainer:
         estimate = replace(estimate, queries=oracle.queries)
         return _Step(estimate, plan, signals, tuple(oracle.params)), state, plans
 
+    def _engine(self, model: nn.Module) -> Callable[..., AnyEngine]:
+        """What runs the passes of a model."""
+        if isinstance(model, BlackBox):
+            return Calls
+        return TimeEngine if isinstance(model, Steps) else Engine
+
     def _oracle(self, batch: Batch, dropout: Key | None = None) -> ModelOracle | CallableOracle:
         if isinstance(self.engine, Calls):
             return CallableOracle(self.engine.box, batch, self.objective)
+        if isinstance(self.engine, TimeEngine):
+            return StepOracle(self.engine, batch, dropout)
         return ModelOracle(self.engine, batch, dropout)
 
     def _cost(self, plans: Any) -> int:

@@ -7,15 +7,16 @@ pass, which is two products for each of the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fwdlearn.allocator import Plan
 from fwdlearn.batch import Batch
+from fwdlearn.blackbox import BlackBox
 from fwdlearn.engine import Choice, Engine
 from fwdlearn.engine.queries import masks
 from fwdlearn.errors import UsageError
@@ -24,7 +25,7 @@ from fwdlearn.keys import Key
 from fwdlearn.memory import keep_freed_pages
 from fwdlearn.objectives import at_step, per_step, step_weights
 from fwdlearn.oracle import LossOracle, ModelOracle
-from fwdlearn.trainer import Trainer
+from fwdlearn.trainer import AnyEngine, Trainer
 
 PASSES = 3
 """Queries that a row of a backward pass counts."""
@@ -171,6 +172,10 @@ class ReverseOracle(ModelOracle):
 
 class BaselineTrainer(Trainer):
     """A `Trainer` whose estimator may ask a `GradientOracle`."""
+
+    def _engine(self, model: nn.Module) -> Callable[..., AnyEngine]:
+        # A graph spans all steps of a sequence anyway.
+        return super()._engine(model) if isinstance(model, BlackBox) else Engine
 
     def _oracle(self, batch: Batch, dropout: Key | None = None) -> ReverseOracle:
         if not isinstance(self.engine, Engine):

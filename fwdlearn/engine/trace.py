@@ -177,7 +177,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         operands = list(tensors((args, kwargs)))
-        made = [t for t in operands if self._of_parameters(t)]
+        made = [t for t in operands if self.is_made(t)]
         if not made:
             out = func(*args, **kwargs)
             self._mark(func, args, kwargs, operands, out)
@@ -205,7 +205,8 @@ class Recorder(TorchFunctionMode):
                 result._fwdlearn_made = self  # type: ignore[attr-defined]
         return out
 
-    def _of_parameters(self, value: Tensor) -> bool:
+    def is_made(self, value: Tensor) -> bool:
+        """Whether it is a parameter, or made of parameters alone."""
         return id(value) in self.names or getattr(value, "_fwdlearn_made", None) is self
 
     def _mark(

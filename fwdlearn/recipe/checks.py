@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from fwdlearn.baselines import ReverseOracle, is_baseline
-from fwdlearn.oracle import ModelOracle
 from fwdlearn.recipe.component import Component
 from fwdlearn.recipe.schema import Fixed
 from fwdlearn.recipe.source import Problem
+from fwdlearn.step_oracle import StepOracle
 
 _ANY_STEPS = 1000
 """Stands in for the number of steps where a budget in queries decides it later."""
@@ -104,12 +104,12 @@ def _check_needs(component: Component, estimator: Any) -> list[Problem]:
         for name in vars(base)
         if not name.startswith("_")
     }
-    oracle = ReverseOracle if is_baseline(estimator) else ModelOracle
+    oracle = ReverseOracle if is_baseline(estimator) else StepOracle
     lacking = sorted(name for name in members if not hasattr(oracle, name))
     if not lacking:
         return []
     message = (
-        f"{component.name} needs {needs.__name__}; ModelOracle lacks {', '.join(lacking)}. "
+        f"{component.name} needs {needs.__name__}; {oracle.__name__} lacks {', '.join(lacking)}. "
         "Choose an estimator that needs LossOracle alone (`fwdlearn ls` shows what each one needs)."
     )
     return [Problem((*component.path, "name"), message)]

@@ -22,12 +22,13 @@ from fwdlearn.directions import Directions
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.keys import Key
 from fwdlearn.noise import Noise
-from fwdlearn.oracle import ActivationOracle, SlopeOracle
+from fwdlearn.oracle import ActivationOracle, SlopeOracle, TimeOracle
 from fwdlearn.testing.oracles import (
     ActivationFunctionOracle,
     Asked,
     FunctionOracle,
     SlopeFunctionOracle,
+    TimeFunctionOracle,
 )
 from fwdlearn.testing.problems import Linear, Problem, Quadratic, flatten
 from fwdlearn.testing.report import NotApplicable, disturb
@@ -43,6 +44,7 @@ Alter = Callable[[Asked, Tensor], Tensor]
 _ORACLES: Mapping[type, type[FunctionOracle]] = {
     SlopeOracle: SlopeFunctionOracle,
     ActivationOracle: ActivationFunctionOracle,
+    TimeOracle: TimeFunctionOracle,
 }
 
 

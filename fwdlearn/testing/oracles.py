@@ -201,6 +201,54 @@ class ActivationFunctionOracle(FunctionOracle):
         return self.clean().gather(cotangents)
 
 
+@dataclass(frozen=True)
+class FunctionMoment:
+    """The only step of a plain function."""
+
+    clean: Tensor
+    losses: Tensor
+    shifts: Mapping[str, Tensor]
+    step: int = 0
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {name: cotangents[name].sum(0) for name in cotangents}
+
+
+class TimeFunctionOracle(ActivationFunctionOracle):
+    """A TimeOracle over any per-row function: a sequence of one step, otherwise as its base."""
+
+    def length(self) -> int:
+        return 1
+
+    @property
+    def step_sites(self) -> Mapping[str, Output]:
+        return self.sites
+
+    @property
+    def step_left_out(self) -> Mapping[str, str]:
+        return {}
+
+    def step_head(self) -> str | None:
+        return None
+
+    def moments(
+        self,
+        row: Tensor,
+        noise: Callable[[int], Noise],
+        index: Tensor,
+        scale: Tensor | float,
+        shifts: bool = False,
+    ) -> Iterator[FunctionMoment]:
+        clean = self.losses(torch.arange(self.rows))
+        losses, moved = clean[:0], {}
+        if len(row):
+            losses, values = self._noisy(row, noise(0), index, scale)
+            if shifts:
+                moved = {name: value - self.params[name] for name, value in values.items()}
+        yield FunctionMoment(clean, losses, moved)
+
+
 def loss_oracle(problem: Problem) -> FunctionOracle:
     """A LossOracle over a problem, on its own copy of the parameters."""
     return FunctionOracle(problem.losses, _copy(problem), problem.rows)

@@ -1,0 +1,250 @@
+"""Node perturbation through time: noise at every step, and the losses that it can have changed.
+
+Papers: Y. Fernandez, S. Keemink and M. van Gerven, "Gradient-free training of recurrent neural
+networks using random perturbations" (Front. Neurosci. 18, 2024, https://arxiv.org/abs/2405.08967),
+whose rule this one corrects; R. J. Williams, "Simple statistical gradient-following algorithms for
+connectionist reinforcement learning" (1992), for credit by future rewards alone.
+
+Update, for rows b with n_b noisy passes each (B rows), noise sigma z_t in the outputs of layers at
+step t, x_t the clean input of the layer, l_t what step t adds to the loss:
+
+    grad W = 1/B sum_b 1/n_b sum_k sum_t  c_bkt / sigma  z_bkt  x_bt^T
+    c_t = sum_{t <= s <= t + H} gamma^(s - t) (l_s(noisy) - l_s(clean))
+
+Noise cannot change what was before it, so only later losses count. With H and gamma as they are by
+default the mean is the gradient of backpropagation through all of time. H = 0 is the rule as
+published (the gradient of a net whose state comes from nowhere, truncated after one step), and
+between the two lies a choice of bias against variance.
+
+Symbols: H `horizon`, gamma `discount`, z `noise`, c / (sigma B n_b) `credit`.
+
+All losses are known at the end only. With P_t = sum_{s < t} (l_s(noisy) - l_s(clean)) the sum is
+c_t = P_T - P_t, so the pass itself adds up -P_t z_t x_t^T, and a second clean pass, with the same
+noise drawn again, P_T z_t x_t^T: nothing grows with the length of a sequence. With a horizon there
+is one pass, and the inputs of the last H steps are kept.
+
+Differs from the paper in: the credit; a scalar for each row, not one for the batch; division by
+sigma^2; many noisy passes a row; the layer that puts out what a step does gets the exact derivative
+of that step's loss, where there is one, and no noise.
+
+Cost a step, n directions a row: n + 2 queries a row, n + 1 with a horizon.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fwdlearn.allocator import Plan
+from fwdlearn.directions import check_law
+from fwdlearn.errors import UsageError
+from fwdlearn.estimator import Estimate, Estimator, Traits
+from fwdlearn.keys import Key
+from fwdlearn.noise import NoiseSum, SiteNoise
+from fwdlearn.oracle import Moment, TimeOracle
+
+# A discount that has come to less than this counts no more.
+_LEAST = 1e-3
+
+
+@dataclass(frozen=True)
+class CausalNodePerturbation(Estimator):
+    """Noise in all layers at every step; credit to it from the losses that come after.
+
+    Args:
+        sigma: size of the noise, positive.
+        law: "rademacher" or "gaussian".
+        horizon: how many steps later a loss still counts, at least 0; None for the whole rest of
+            the sequence.
+        discount: what a loss counts for each step that it comes later, above 0 and at most 1.
+            Below 1 without a horizon, losses count until they count less than 0.001.
+        exact_head: whether the layer that puts out what a step does gets its exact derivative.
+
+    Raises:
+        ValueError: a setting is out of range.
+        UsageError: a parameter feeds no layer's output.
+
+    Example:
+        >>> CausalNodePerturbation(horizon=0).traits.target
+        'biased'
+    """
+
+    sigma: float = 1e-2
+    law: str = "rademacher"
+    horizon: int | None = None
+    discount: float = 1.0
+    exact_head: bool = True
+
+    def __post_init__(self) -> None:
+        rules = {
+            "sigma": (0 < self.sigma < math.inf, "positive"),
+            "horizon": (self.horizon is None or self.horizon >= 0, "at least 0, or None"),
+            "discount": (0 < self.discount <= 1, "above 0 and at most 1"),
+        }
+        for name, (kept, rule) in rules.items():
+            if not kept:
+                got = getattr(self, name)
+                raise ValueError(f"CausalNodePerturbation({name}=...) must be {rule}, got {got!r}.")
+        check_law("CausalNodePerturbation", self.law, None)
+
+    @property
+    def traits(self) -> Traits:  # type: ignore[override]
+        if self._window is None:
+            return Traits(TimeOracle, "activations", "smoothed", 1, 2)
+        return Traits(TimeOracle, "activations", "biased", 1, 1)
+
+    @property
+    def _window(self) -> int | None:
+        """Steps for which a loss counts."""
+        if self.horizon is None and self.discount < 1:
+            return math.ceil(math.log(_LEAST) / math.log(self.discount))
+        return self.horizon
+
+    def estimate(
+        self,
+        oracle: TimeOracle,  # type: ignore[override]
+        params: Mapping[str, Tensor],
+        state: Any,
+        *,
+        key: Key,
+        plan: Plan,
+    ) -> tuple[Estimate, Any]:
+        start = oracle.queries
+        for name, why in oracle.step_left_out.items():
+            raise UsageError(
+                f"CausalNodePerturbation has no gradient of {name}: {why}. Set its requires_grad "
+                "to False, or choose an estimator that perturbs weights."
+            )
+        run = _Run(self, oracle, key, plan)
+        window = self._window
+        run.until_finite(run.all_later if window is None else partial(run.some_later, window))
+        grad = {name: run.grad[name].to(value.dtype) for name, value in params.items()}
+        change = torch.zeros_like(plan.weight)
+        change[run.kept] = run.change / self.sigma
+        clean = run.clean[plan.row].where(run.weight > 0, 0.0)
+        info = {"coef_abs": change.abs().mean(), "nonfinite": torch.tensor(run.nonfinite)}
+        rows = {"square_slope": plan.square_slopes(change, run.weight)}
+        loss = (run.weight * clean).sum()
+        return Estimate(grad, loss, oracle.queries - start, info, rows), state
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [
+            cls(),
+            cls(0.3, law="gaussian", exact_head=False),
+            cls(0.1, horizon=3, discount=0.9),
+            cls(discount=0.5),
+        ]
+
+
+class _Run:
+    """The passes of one estimate.
+
+    Attributes:
+        kept: int64 [n], those of the plan's pairs whose losses are finite.
+        weight: float64 [pairs], 0 for the others.
+        grad: name -> gradient so far.
+        change: float64 [n], noisy loss less the clean one.
+        clean: float64 [rows], clean losses.
+    """
+
+    def __init__(
+        self, estimator: CausalNodePerturbation, oracle: TimeOracle, key: Key, plan: Plan
+    ) -> None:
+        self.estimator, self.oracle, self.key, self.plan = estimator, oracle, key, plan
+        self.sites = oracle.step_sites
+        self.head = oracle.step_head() if estimator.exact_head else None
+        self.noisy = tuple(name for name in self.sites if name != self.head)
+        self.weight, self.nonfinite = plan.weight, 0
+
+    def until_finite(self, passes: Callable[[], None]) -> None:
+        """Runs them; and again without the queries whose losses came out infinite, if any."""
+        while True:
+            self.kept = torch.nonzero(self.weight > 0).flatten()
+            self.row, self.number = self.plan.row[self.kept], self.plan.direction[self.kept]
+            self.grad: dict[str, Tensor] = {}
+            self.change = self.weight.new_zeros(len(self.kept))
+            self.clean = self.weight.new_zeros(self.plan.rows)
+            passes()
+            if self.finite():
+                return
+            valid = torch.zeros_like(self.weight, dtype=torch.bool)
+            valid[self.kept] = self.change.isfinite()
+            self.weight, self.nonfinite = self.plan.finite(valid)
+
+    def finite(self) -> bool:
+        """Whether all losses so far are."""
+        return bool(self.change.isfinite().all())
+
+    def all_later(self) -> None:
+        """Every later loss counts: the sum so far in one pass, the whole sum in another."""
+        for moment in self.moments(self.row, self.number):
+            self.add(moment, -self.change, self.exact(moment))
+            self.observe(moment)
+        if self.finite():
+            for moment in self.moments(self.row[:0], self.number[:0]):
+                self.add(moment, self.change, {})
+
+    def some_later(self, window: int) -> None:
+        """Losses up to `window` steps later count, each less by the discount than the last."""
+        waiting: deque[Moment] = deque()
+        credit = self.change.new_zeros(window + 1, len(self.kept))
+        share = self.change.new_zeros(window + 1, 1)
+        for moment in self.moments(self.row, self.number):
+            place = moment.step % (window + 1)
+            share *= self.estimator.discount
+            credit[place], share[place] = 0.0, 1.0
+            credit += share * self.observe(moment)
+            waiting.append(moment)
+            if len(waiting) > window:
+                self.settle(waiting.popleft(), credit)
+        for moment in waiting:
+            self.settle(moment, credit)
+
+    def moments(self, row: Tensor, number: Tensor) -> Iterator[Moment]:
+        return self.oracle.moments(row, self.noise, number, self.estimator.sigma)
+
+    def settle(self, moment: Moment, credit: Tensor) -> None:
+        """Adds what a step contributes, now that the losses that count for it are known."""
+        own = credit[moment.step % len(credit)]
+        self.add(moment, own, self.exact(moment))
+
+    def observe(self, moment: Moment) -> Tensor:
+        """float64 [queries]: what noise has changed in the loss of a step."""
+        clean = moment.clean.double()
+        change = moment.losses.double() - clean[self.row]
+        self.change += change
+        self.clean += clean
+        return change
+
+    def noise(self, step: int) -> SiteNoise:
+        """The noise of a step."""
+        law, count = self.estimator.law, self.plan.directions
+        return SiteNoise(self.key.fold(step), self.sites, count, law, only=self.noisy)
+
+    def exact(self, moment: Moment) -> Mapping[str, Tensor]:
+        """What the layer that puts out gets in the place of noise."""
+        if self.head is None:
+            return {}
+        row = self.weight.new_zeros(self.plan.rows).index_add_(0, self.plan.row, self.weight)
+        value = moment.exact[self.head]
+        row = row.view(-1, *[1] * (value.dim() - 1))
+        return {self.head: torch.where(row > 0, value, 0.0) * row.to(value.dtype)}
+
+    def add(self, moment: Moment, change: Tensor, exact: Mapping[str, Tensor]) -> None:
+        """Adds the products of a step."""
+        credit = self.weight[self.kept] * change / self.estimator.sigma
+        noise = self.noise(moment.step)
+        sums = NoiseSum(noise, self.row, self.number, credit, self.plan.rows)
+        for name, value in moment.gather(ChainMap(exact, sums)).items():  # type: ignore[arg-type]
+            if name in self.grad:
+                self.grad[name] += value
+            else:
+                self.grad[name] = value.clone()

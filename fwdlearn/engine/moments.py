@@ -1,0 +1,257 @@
+"""Noise at the outputs of layers, step by step: a clean pass and noisy ones side by side.
+
+At each step the clean rows go first and hand over their layers' inputs; the noisy queries follow
+with states of their own. Nothing of a step is kept beyond it but the states, unless who asks does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fwdlearn.engine.local import PRODUCTS
+from fwdlearn.engine.passes import Gradients
+from fwdlearn.engine.shifts import Shifting
+from fwdlearn.engine.trace import Rows, TraceError, Use
+from fwdlearn.engine.visits import Gathering, Local, Noisy, Survey
+from fwdlearn.errors import UsageError
+from fwdlearn.keys import Key
+from fwdlearn.noise import Noise, Output, SiteNoise
+from fwdlearn.steps import Sequences, State
+
+if TYPE_CHECKING:
+    from fwdlearn.engine.through_time import TimeEngine
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of a clean pass and of noisy queries; see `fwdlearn.oracle.Moment`."""
+
+    step: int
+    clean: Tensor
+    losses: Tensor
+    shifts: Mapping[str, Tensor]
+    kept: list[Local] = field(repr=False)
+    head: Callable[[], Mapping[str, Tensor]] = field(repr=False)
+
+    @cached_property
+    def exact(self) -> Mapping[str, Tensor]:
+        with torch.inference_mode(False), torch.no_grad():
+            return self.head()
+
+    def gather(self, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        gradients: Gradients = {}
+        with torch.no_grad():
+            for local in self.kept:
+                for one in getattr(cotangents, "maps", (cotangents,)):
+                    if local.site in one:
+                        local.add(one[local.site], gradients)
+                        break
+        return gradients
+
+
+class Moments:
+    """Runs sequences step by step with noise in the layers.
+
+    Args:
+        engine: knows the model, its parameters and its objective.
+
+    Attributes:
+        left_out: name of a parameter -> why a part of its gradient cannot be had.
+        head: see `TimeOracle.step_head`; once `outputs` has been asked.
+    """
+
+    def __init__(self, engine: TimeEngine) -> None:
+        self.engine = engine
+        self.left_out: dict[str, str] = {}
+        self._outputs: dict[Any, Mapping[str, Output]] = {}
+        self._sites: list[list[str | None]] = []
+        self.head: str | None = None
+
+    def outputs(self, sequences: Sequences) -> Mapping[str, Output]:
+        """Name of a site -> what a row puts out there at a step."""
+        kind = (tuple(sequences.inputs.shape[2:]), sequences.inputs.dtype)
+        if kind not in self._outputs:
+            try:
+                self._outputs[kind] = self._survey(sequences)
+            except TraceError as error:
+                raise UsageError(
+                    f"noise cannot be added to the layers of this model: {error}. Choose an "
+                    "estimator that perturbs weights."
+                ) from error
+        return self._outputs[kind]
+
+    def run(
+        self,
+        sequences: Sequences,
+        row: Tensor,
+        noise: Callable[[int], Noise],
+        index: Tensor,
+        scale: Tensor,
+        shifts: bool,
+        before: tuple[State, State] | None,
+    ) -> Iterator[tuple[Moment, tuple[State, State]]]:
+        """Each step, and the states after it: of the rows and of the queries.
+
+        Args:
+            row: int64 [queries].
+            noise: step -> noise of that step; numbers may be none.
+            index: int64 [queries].
+            scale: float64 [queries].
+            shifts: whether what has changed at every site is asked for.
+            before: the states before the first step; None at the start of a sequence.
+        """
+        engine, every = self.engine, torch.arange(sequences.rows, device=row.device)
+        known = self.outputs(sequences)
+        model = engine.model
+        if before is None:
+            before = model.initial(sequences.rows), model.initial(len(row))
+        calm, noisy = before
+        _, first, rest = engine.traced(PRODUCTS, sequences, None)
+        for step in range(sequences.steps):
+            uses, sites = (first, self._sites[0]) if step == 0 else (rest, self._sites[1])
+            kept: list[Local] = []
+            seen: dict[str, Tensor] = {}
+
+            def take(local: Local, out: Tensor) -> None:
+                kept.append(local)  # noqa: B023
+                if shifts:
+                    # A copy, because the model may overwrite its own.
+                    wide = torch.promote_types(out.dtype, torch.float32)
+                    seen[local.site] = out.to(wide, copy=True)  # noqa: B023
+
+            mode = Gathering(engine.params, uses, sequences.rows, sites=sites, take=take, keep=True)
+            output, calm = self._stepped(mode, sequences.input(step, every), calm)
+            clean = sequences.loss(step, every, output)
+            head = partial(self._exact, sequences, step, output)
+            losses, moved = None, {}
+            if len(row):
+                current = noise(step)
+                _check(current, known)
+                settings: dict[str, Any] = dict(
+                    sites=sites, noise=current, index=index, scale=scale
+                )
+                if shifts:
+                    shifting = Shifting(
+                        engine.params, uses, len(row), row=row, clean=seen, **settings
+                    )
+                    output, noisy = self._stepped(shifting, sequences.input(step, row), noisy)
+                    moved = shifting.shifts
+                else:
+                    adding = Noisy(engine.params, uses, len(row), **settings)
+                    output, noisy = self._stepped(adding, sequences.input(step, row), noisy)
+                losses = sequences.loss(step, row, output)
+            zero = torch.zeros(0, device=row.device, dtype=engine.wide)
+            yield (
+                Moment(
+                    step,
+                    zero.new_zeros(sequences.rows) if clean is None else clean,
+                    zero.new_zeros(len(row)) if losses is None else losses,
+                    moved,
+                    kept,
+                    head,
+                ),
+                (calm, noisy),
+            )
+
+    def _stepped(self, mode: Any, x: Tensor, state: State) -> tuple[Any, State]:
+        with mode:
+            output, state = self.engine.model.step(x, state)
+        mode.finish()
+        return output, state
+
+    def _exact(self, sequences: Sequences, step: int, output: Any) -> Mapping[str, Tensor]:
+        """The derivative of a step's losses by what the last layer puts out."""
+        if self.head is None:
+            return {}
+        if not sequences.counts(step):
+            return {self.head: torch.zeros_like(output)}
+        row = torch.arange(sequences.rows, device=output.device)
+        return {self.head: _slopes(partial(sequences.loss, step, row), output)}
+
+    def _survey(self, sequences: Sequences) -> Mapping[str, Output]:
+        engine, rows = self.engine, min(2, sequences.rows)
+        head, first, rest = engine.traced(PRODUCTS, sequences, None)
+        with torch.no_grad():
+            row = torch.arange(rows, device=sequences.inputs.device)
+            start, x = Survey(engine.params, head, rows), sequences.input(0, row)
+            with start:
+                state = engine.model.initial(rows)
+            surveys = []
+            for uses in (first, rest):
+                survey = Survey(engine.params, uses, rows)
+                output, state = self._stepped(survey, x, state)
+                surveys.append(survey)
+            self._sites = [survey.sites for survey in surveys]
+            self.left_out = {**surveys[0].left_out, **surveys[1].left_out}
+            for site in start.outputs.values():
+                for name in site.params:
+                    self.left_out.setdefault(name, "the initial state is made of it")
+            outputs = surveys[1].outputs
+            if list(surveys[0].outputs) != list(outputs):
+                raise TraceError("the first step has other layers than the rest")
+            self.head = self._last(sequences, rest, state, x, rows, outputs)
+        return outputs
+
+    def _last(
+        self,
+        sequences: Sequences,
+        uses: Sequence[Use],
+        state: State,
+        x: Tensor,
+        rows: int,
+        outputs: Mapping[str, Output],
+    ) -> str | None:
+        """The site that puts out what a step does, unless the next state depends on it."""
+        mode = Gathering(
+            self.engine.params,
+            uses,
+            rows,
+            sites=self._sites[1],
+            take=lambda local, out: None,
+            keep=False,
+        )
+        output, calm = self._stepped(mode, x, state)
+        if mode.last is None or mode.last[1] is not output or mode.last[2] != Rows(0):
+            return None
+        site = mode.last[0]
+        index = torch.arange(rows, device=x.device)
+        noise = SiteNoise(Key.root(0), outputs, rows, only=(site,))
+        adding = Noisy(
+            self.engine.params,
+            uses,
+            rows,
+            sites=self._sites[1],
+            noise=noise,
+            index=index,
+            scale=torch.ones(rows, dtype=torch.float64, device=x.device),
+        )
+        _, noisy = self._stepped(adding, x, state)
+        if not all(torch.equal(calm[name], noisy[name]) for name in calm):
+            return None
+        step = next(number for number in range(sequences.steps) if sequences.counts(number))
+        return site if _slopes(partial(sequences.loss, step, index), output).any() else None
+
+
+def _slopes(losses: Callable[[Tensor], Tensor | None], output: Tensor) -> Tensor:
+    """[rows, *shape]: derivatives of the losses of rows by their outputs."""
+    value = output.clone()
+    # One derivative for each number of a row, all at once.
+    basis = torch.eye(value[0].numel(), dtype=value.dtype, device=value.device)
+    basis = basis.view(-1, 1, *value.shape[1:]).expand(-1, *value.shape)
+    slopes = torch.func.vmap(lambda one: torch.func.jvp(losses, (value,), (one,))[1])(basis)
+    return slopes.T.reshape(value.shape).to(value.dtype)
+
+
+def _check(noise: Noise, known: Mapping[str, Output]) -> None:
+    for name in noise.names:
+        if name not in known:
+            raise UsageError(
+                f"{name!r} is no layer's output; the first of them are "
+                f"{', '.join(list(known)[:3])}."
+            )

@@ -1,0 +1,122 @@
+"""Models that run step by step, and batches of sequences.
+
+A model counts by its methods alone: `initial(rows)` gives the state before the first step, and
+`step(x, state)` what goes out and the next state. `forward` of such a model maps
+[rows, steps, ...] to what its steps put out. Passes step by step need memory for one step, however
+many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fwdlearn.batch import Batch
+from fwdlearn.errors import UsageError
+from fwdlearn.objectives import at_step, per_step, step_weights
+
+State = dict[str, Tensor]
+"""What a model carries from step to step: name -> [rows, ...]."""
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """A model that runs step by step, on plain torch operations."""
+
+    def initial(self, rows: int) -> State:
+        """The state before the first step."""
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One step: x [rows, ...] and a state to an output [rows, ...] and the next state."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A batch of sequences, step by step.
+
+    Targets [rows, steps, ...] of numbers or [rows, steps] of classes make a loss at every step that
+    counts; others belong to the last step.
+
+    Args:
+        inputs: [rows, steps, ...].
+        targets: see above.
+        objective: (output, targets) -> losses [rows], of one step.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    objective: Callable[[Any, Tensor], Tensor]
+
+    @classmethod
+    def of(cls, batch: Batch, objective: Callable[[Any, Tensor], Tensor]) -> Sequences:
+        """Raises UsageError unless the batch has one input, [rows, steps, ...]."""
+        values = (*batch.args, *batch.kwargs.values())
+        if len(values) != 1 or values[0].dim() < 2 or not values[0].shape[1]:
+            shapes = ", ".join(str(tuple(value.shape)) for value in values)
+            raise UsageError(
+                "a model that runs step by step takes one input [rows, steps, ...], got "
+                f"{shapes or 'none'}."
+            )
+        made = cls(values[0], batch.targets, objective)
+        if made.each and batch.targets.shape[1] != made.steps:
+            raise UsageError(
+                f"targets {tuple(batch.targets.shape)} do not fit inputs "
+                f"{tuple(values[0].shape)}: both must have as many steps."
+            )
+        return made
+
+    @property
+    def rows(self) -> int:
+        return len(self.targets)
+
+    @property
+    def steps(self) -> int:
+        return self.inputs.shape[1]
+
+    @cached_property
+    def each(self) -> bool:
+        """Whether each step has a target."""
+        return per_step(self.targets)
+
+    def input(self, step: int, row: Tensor) -> Tensor:
+        """[len(row), ...]: what comes in."""
+        return self.inputs[:, step].index_select(0, row)
+
+    def loss(self, step: int, row: Tensor, output: Tensor) -> Tensor | None:
+        """What a step adds to the losses of rows, [len(row)]; None where it counts for no row."""
+        if not self.counts(step):
+            return None
+        targets, weights = self.target(step), self.weight(step)
+        return at_step(
+            self.objective, output, targets.index_select(0, row), weights.index_select(0, row)
+        )
+
+    def target(self, step: int) -> Tensor:
+        """[rows, ...]: of a step that counts."""
+        return self.targets[:, step] if self.each else self.targets
+
+    def weight(self, step: int) -> Tensor:
+        """float32 [rows]: what a step that counts counts."""
+        return self._weights[:, step if self.each else 0]
+
+    def counts(self, step: int) -> bool:
+        """Whether a step counts for some row."""
+        return self._counting[step]
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        if self.each:
+            return step_weights(self.targets)
+        return torch.ones(self.rows, 1, device=self.targets.device)
+
+    @cached_property
+    def _counting(self) -> Sequence[bool]:
+        if not self.each:
+            return [step == self.steps - 1 for step in range(self.steps)]
+        found: list[bool] = (self._weights > 0).any(0).tolist()
+        return found
