@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fwdlearn.engine.local import PRODUCTS
-from fwdlearn.engine.passes import Gradients
+from fwdlearn.engine.passes import Gradients, Pass
 from fwdlearn.engine.shifts import Shifting
 from fwdlearn.engine.trace import Rows, TraceError, Use
 from fwdlearn.engine.visits import Gathering, Local, Noisy, Survey
@@ -108,13 +108,16 @@ class Moments:
         """
         engine, every = self.engine, torch.arange(sequences.rows, device=row.device)
         known = self.outputs(sequences)
-        model = engine.model
+        head, first, rest = engine.traced(PRODUCTS, sequences, None)
+        starts: list[Pass | None] = [None, None]
         if before is None:
-            before = model.initial(sequences.rows), model.initial(len(row))
-        calm, noisy = before
-        _, first, rest = engine.traced(PRODUCTS, sequences, None)
+            calm, starts[0] = self._begun(head, sequences.rows)
+            noisy, starts[1] = self._begun(head, len(row))
+        else:
+            calm, noisy = before
         for step in range(sequences.steps):
-            uses, sites = (first, self._sites[0]) if step == 0 else (rest, self._sites[1])
+            begins = step == 0 and before is None
+            uses, sites = (first, self._sites[0]) if begins else (rest, self._sites[1])
             kept: list[Local] = []
             seen: dict[str, Tensor] = {}
 
@@ -126,12 +129,12 @@ class Moments:
                     seen[local.site] = out.to(wide, copy=True)  # noqa: B023
 
             mode = Gathering(engine.params, uses, sequences.rows, sites=sites, take=take, keep=True)
-            output, calm = self._stepped(mode, sequences.input(step, every), calm)
+            output, calm = self._stepped(mode, sequences.input(step, every), calm, starts[0])
             clean = sequences.loss(step, every, output)
-            head = partial(self._exact, sequences, step, output)
+            exact = partial(self._exact, sequences, step, output)
             losses, moved = None, {}
             if len(row):
-                current = noise(step)
+                current, x = noise(step), sequences.input(step, row)
                 _check(current, known)
                 settings: dict[str, Any] = dict(
                     sites=sites, noise=current, index=index, scale=scale
@@ -140,12 +143,13 @@ class Moments:
                     shifting = Shifting(
                         engine.params, uses, len(row), row=row, clean=seen, **settings
                     )
-                    output, noisy = self._stepped(shifting, sequences.input(step, row), noisy)
+                    output, noisy = self._stepped(shifting, x, noisy, starts[1])
                     moved = shifting.shifts
                 else:
                     adding = Noisy(engine.params, uses, len(row), **settings)
-                    output, noisy = self._stepped(adding, sequences.input(step, row), noisy)
+                    output, noisy = self._stepped(adding, x, noisy, starts[1])
                 losses = sequences.loss(step, row, output)
+            starts = [None, None]
             zero = torch.zeros(0, device=row.device, dtype=engine.wide)
             yield (
                 Moment(
@@ -154,12 +158,24 @@ class Moments:
                     zero.new_zeros(len(row)) if losses is None else losses,
                     moved,
                     kept,
-                    head,
+                    exact,
                 ),
                 (calm, noisy),
             )
 
-    def _stepped(self, mode: Any, x: Tensor, state: State) -> tuple[Any, State]:
+    def _begun(self, head: Sequence[Use], rows: int) -> tuple[State, Survey]:
+        """The first state, and the pass that knows which of it is made of parameters."""
+        mode = Survey(self.engine.params, head, rows)
+        with mode:
+            state = self.engine.model.initial(rows)
+        mode.finish()
+        return state, mode
+
+    def _stepped(
+        self, mode: Any, x: Tensor, state: State, before: Pass | None = None
+    ) -> tuple[Any, State]:
+        if before is not None:
+            mode.made |= before.made
         with mode:
             output, state = self.engine.model.step(x, state)
         mode.finish()
@@ -179,13 +195,11 @@ class Moments:
         head, first, rest = engine.traced(PRODUCTS, sequences, None)
         with torch.no_grad():
             row = torch.arange(rows, device=sequences.inputs.device)
-            start, x = Survey(engine.params, head, rows), sequences.input(0, row)
-            with start:
-                state = engine.model.initial(rows)
-            surveys = []
-            for uses in (first, rest):
+            state, start = self._begun(head, rows)
+            x, surveys = sequences.input(0, row), []
+            for uses, before in ((first, start), (rest, None)):
                 survey = Survey(engine.params, uses, rows)
-                output, state = self._stepped(survey, x, state)
+                _, state = self._stepped(survey, x, state, before)
                 surveys.append(survey)
             self._sites = [survey.sites for survey in surveys]
             self.left_out = {**surveys[0].left_out, **surveys[1].left_out}

@@ -35,7 +35,6 @@ from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
 from fwdlearn.engine.watch import Watch, by_mode, by_type
 from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
-from fwdlearn.objectives import correct
 from fwdlearn.steps import Sequences, State
 
 # The widest activation of a pass, with its tangents: what keeps products at full speed.
@@ -145,6 +144,7 @@ class TimeEngine:
     def _whole(self) -> Engine:
         return Engine(self.model, self.objective, memory_budget=self.memory_budget)
 
+    @torch.no_grad()
     def choose(self, batch: Batch, dropout: Key | None = None) -> Choice:
         """Settles on a rung: the fold, if it equals the reference on rows of `batch`."""
         if sequential.mixes_rows(self.model):
@@ -212,19 +212,19 @@ class TimeEngine:
             self._differentiable = True
         return self._slopes(sequences, row, directions, direction, dropout)
 
-    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Losses [rows], and which rows, or what share of a row's steps, came out right."""
+    def evaluate(self, batch: Batch) -> tuple[Tensor, object]:
+        """Losses [rows], and what goes out: at every step that has a target, or at the last."""
         sequences = Sequences.of(batch, self.objective)
         row = torch.arange(len(batch), device=batch.device)
-        total, hits = self._zero(row), None
-        for step, output, loss in self._run(sequences, row):
+        total = self._zero(row)
+        outputs: list[Tensor] = []
+        for _, output, loss in self._run(sequences, row):
             if loss is not None:
                 total += loss
-                right = correct(output, sequences.target(step))
-                if right is not None:
-                    share = right * sequences.weight(step)
-                    hits = share if hits is None else hits + share
-        return total, hits
+            if not sequences.each:
+                outputs.clear()
+            outputs.append(output)
+        return total, torch.stack(outputs, 1) if sequences.each else outputs[-1]
 
     def measure(self, batch: Batch, residual: bool, dropout: Key | None = None) -> Measured:
         """A clean pass over the batch, in its order."""
@@ -423,8 +423,11 @@ class TimeEngine:
         asked = (sequences, probe.row, probe.directions, probe.direction, dropout)
         try:
             found = self._slopes(*asked)[1].double()
-        except TraceError as error:
-            raise UsageError(f"{name} gives no exact slopes: {error}. {way_out}") from error
+        except (FwdlearnError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # anyone's model, run as it was not written to be
+            reason = " ".join(str(error).split())
+            raise UsageError(f"{name} gives no exact slopes: {reason}. {way_out}") from error
         for size in (1e-3, 1e-4, 1e-2, 1e-5):
             sides = [
                 self._reference(
