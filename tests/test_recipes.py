@@ -50,6 +50,13 @@ SHORT = {
         "trainer.batch_size=8",
         "allocator.directions=2",
     ],
+    "delayed-recall": ["trainer.steps=3"],
+    "copying-memory": ["trainer.steps=3"],
+    "mackey-glass": ["trainer.steps=3"],
+    "adding-problem": ["trainer.steps=3"],
+    "sequential-digits": ["trainer.steps=3", "trainer.batch_size=16"],
+    "character-lm": ["data.path=FOLDER/text.txt", "trainer.steps=3", "trainer.batch_size=16"],
+    "csv-forecast": ["data.path=FOLDER/series.csv", "data.target=load", "trainer.steps=3"],
     "movie-reviews-prompt": [
         f"data.path={SHARED}",
         "data.train_rows=64",
@@ -67,10 +74,14 @@ def test_every_recipe_is_here() -> None:
 
 @pytest.mark.parametrize("name", list(SHORT))
 def test_recipe_trains_and_evaluates(name: str, tmp_path: Path) -> None:
-    for word in SHORT[name]:
+    (tmp_path / "text.txt").write_text("A row is one example. " * 40, "utf-8")
+    lines = [f"{day},{day * 7 % 11},{day * day % 13}" for day in range(300)]
+    (tmp_path / "series.csv").write_text("\n".join(["day,load,wind", *lines]) + "\n", "utf-8")
+    given = [word.replace("FOLDER", str(tmp_path)) for word in SHORT[name]]
+    for word in given:
         if word.startswith("data.path=") and not Path(word.partition("=")[2]).exists():
             pytest.skip(f"{word.partition('=')[2]} is not on this machine")
-    words = [*SHORT[name], "trainer.device=cpu", f"output.dir={tmp_path / 'run'}"]
+    words = [*given, "trainer.device=cpu", f"output.dir={tmp_path / 'run'}"]
     summary, folder = train(load_recipe(name, words))
     assert summary["status"] == "finished" and summary["steps"] == 3
     rung = "black box" if name == "movie-reviews-prompt" else "fold"
