@@ -28,9 +28,11 @@ ESTIMATOR = RandomPerturbation(SIGMA, "leave-one-out")
 Step = Callable[[], object]
 
 
-def fold(model: nn.Module, batch: Batch, plan: Plan, rung: str = "fold") -> Step:
+def fold(
+    model: nn.Module, batch: Batch, plan: Plan, rung: str = "fold", compile: bool = False
+) -> Step:
     """A whole step: estimate, on a rung of the ladder, and plain gradient descent."""
-    engine, numbers = Engine(model, cross_entropy, rung=rung), count()
+    engine, numbers = Engine(model, cross_entropy, rung=rung, compile=compile), count()
 
     def step() -> None:
         oracle = ModelOracle(engine, batch)

@@ -45,6 +45,9 @@ def measure(work: Work, rounds: int) -> list[dict[str, Any]]:
         variants[f"fold, {name}"] = steps.fold(model, batch, plan)
         variants[f"noise, {name}"] = steps.noise(model, plan)
         variants[f"update, {name}"] = steps.update(model, plan)
+        if work.device.type == "cuda":
+            # Graphs take a minute to compile, and pay where starting a kernel costs more than it.
+            variants[f"compiled, {name}"] = steps.fold(model, batch, plan, compile=True)
     copies = steps.fold(model, batch, plans["shared"], "copies")
     try:
         copies()

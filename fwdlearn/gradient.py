@@ -41,7 +41,9 @@ class DirectionGradient(Mapping[str, Tensor]):
         if self._weighted is not None and site.rank <= 1 and not site.long:
             return self._at_once(site, *self._weighted)
         dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
-        coefficients = self.coefficients.to(family.device, dtype) / site.scale**2
+        coefficients = self._wide[dtype]
+        if site.scale != 1:
+            coefficients = coefficients / site.scale**2
         total: Tensor | None = None
         for chunk in family.chunks(name, family.count):
             factors = family.factors(name, chunk)
@@ -70,6 +72,12 @@ class DirectionGradient(Mapping[str, Tensor]):
             return left @ right.to(left.dtype)
         # A GPU multiplies bfloat16 ten times faster, and nothing is rounded.
         return torch.mm(thirds(left), right.to(torch.bfloat16).repeat(3, 1), out_dtype=left.dtype)
+
+    @cached_property
+    def _wide(self) -> Mapping[torch.dtype, Tensor]:
+        """The coefficients, in the dtypes that sums run in."""
+        value = self.coefficients.to(self.directions.device)
+        return {dtype: value.to(dtype) for dtype in (torch.float32, torch.float64)}
 
     @cached_property
     def _weighted(self) -> tuple[Tensor, Tensor, Tensor] | None:
