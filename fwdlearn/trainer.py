@@ -270,6 +270,10 @@ class Trainer:
 
         with self._mode(self.train_mode):
             choice = self._choose()
+            # Weights that lie in a mapped file take memory once they are read.
+            first_row = torch.zeros(1, dtype=torch.int64, device=self.device)
+            with self._mode(False), forbid_backward(), torch.inference_mode():
+                self.engine.evaluate(self.batch(0).select(first_row))
             # Before anything of full size has run: what is composed below comes on top of it.
             process, so_far = in_use_bytes(self.device), peak_bytes(self.device)
             parts = (estimate, self.engine.params, self.optimizer)
