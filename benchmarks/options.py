@@ -24,10 +24,15 @@ class Options:
     only: str
     output: Path
     device: str
+    flags: frozenset[str]
 
 
-def options(name: str, rounds: int) -> Options:
-    """Reads the command line of `python -m benchmarks.NAME`."""
+def options(name: str, rounds: int, **flags: str) -> Options:
+    """Reads the command line of `python -m benchmarks.NAME`.
+
+    Args:
+        flags: name -> help of switches of its own.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument(
         "--rounds", type=int, default=rounds, help="that are measured; medians over them"
@@ -43,12 +48,15 @@ def options(name: str, rounds: int) -> Options:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="results/NAME.json, NAME-cuda.json on a GPU"
     )
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
     asked = parser.parse_args()
     kind = torch.device(asked.device).type
     file = FOLDER / (f"{name}.json" if kind == "cpu" else f"{name}-{kind}.json")
     if asked.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {asked.rounds}")
-    return Options(asked.rounds, asked.only, asked.output or file, asked.device)
+    given = frozenset(flag for flag in flags if getattr(asked, flag))
+    return Options(asked.rounds, asked.only, asked.output or file, asked.device, given)
 
 
 def chosen(everything: Mapping[str, T], pattern: str) -> dict[str, T]:

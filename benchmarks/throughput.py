@@ -1,7 +1,7 @@
 """Seconds of a query against plain inference, whole steps: noise, losses and update included.
 
     python -m benchmarks.throughput [--rounds N] [--only PATTERN] [--device DEVICE]
-        [--output FILE]
+        [--compiled] [--output FILE]
 
 The denominator is the fastest plain inference over the same rows at any batch size, objective
 included. Beside the fold, with directions private to a row and shared by rows, stand the share of
@@ -30,7 +30,7 @@ from fwdlearn.memory import keep_freed_pages
 SHARING = ("private", "shared")
 
 
-def measure(work: Work, rounds: int) -> list[dict[str, Any]]:
+def measure(work: Work, rounds: int, compiled: bool) -> list[dict[str, Any]]:
     """Every variant of one work."""
     model, batch, rows = work.model, work.batch, work.rows
     seeds = max(1, work.directions // 2)
@@ -45,8 +45,7 @@ def measure(work: Work, rounds: int) -> list[dict[str, Any]]:
         variants[f"fold, {name}"] = steps.fold(model, batch, plan)
         variants[f"noise, {name}"] = steps.noise(model, plan)
         variants[f"update, {name}"] = steps.update(model, plan)
-        if work.device.type == "cuda":
-            # Graphs take a minute to compile, and pay where starting a kernel costs more than it.
+        if compiled:
             variants[f"compiled, {name}"] = steps.fold(model, batch, plan, compile=True)
     copies = steps.fold(model, batch, plans["shared"], "copies")
     try:
@@ -89,7 +88,7 @@ def table(entries: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    asked = options("throughput", rounds=7)
+    asked = options("throughput", rounds=7, compiled="steps as compiled graphs too: minutes")
     keep_freed_pages()
     print(f"{asked.device}, {torch.get_num_threads()} threads")
     print(f"{'work':40}{'variant':24}{'ms/query':>10}{'of inference':>14}{'of step':>9}")
@@ -100,7 +99,7 @@ def main() -> None:
         except MissingError as error:
             print(f"{name:40}skipped: {error}")
             continue
-        entries = measure(work, asked.rounds)
+        entries = measure(work, asked.rounds, "compiled" in asked.flags)
         table(entries)
         results += entries
     merge(asked.output, results, works(), asked.rounds, asked.device)
