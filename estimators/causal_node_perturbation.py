@@ -159,10 +159,11 @@ class _Run:
         self, estimator: CausalNodePerturbation, oracle: TimeOracle, key: Key, plan: Plan
     ) -> None:
         self.estimator, self.oracle, self.key, self.plan = estimator, oracle, key, plan
-        self.sites = oracle.step_sites
+        self.sites = dict(oracle.step_sites)
         self.head = oracle.step_head() if estimator.exact_head else None
         self.noisy = tuple(name for name in self.sites if name != self.head)
         self.weight, self.nonfinite = plan.weight, 0
+        self.last: tuple[int, SiteNoise] | None = None
 
     def until_finite(self, passes: Callable[[], None]) -> None:
         """Runs them; and again without the queries whose losses came out infinite, if any."""
@@ -225,9 +226,12 @@ class _Run:
         return change
 
     def noise(self, step: int) -> SiteNoise:
-        """The noise of a step."""
-        law, count = self.estimator.law, self.plan.directions
-        return SiteNoise(self.key.fold(step), self.sites, count, law, only=self.noisy)
+        """The noise of a step; that of the last one asked for is kept, with its numbers."""
+        if self.last is None or self.last[0] != step:
+            law, count = self.estimator.law, self.plan.directions
+            made = SiteNoise(self.key.fold(step), self.sites, count, law, only=self.noisy)
+            self.last = step, made
+        return self.last[1]
 
     def exact(self, moment: Moment) -> Mapping[str, Tensor]:
         """What the layer that puts out gets in the place of noise."""

@@ -254,12 +254,13 @@ class Moments:
 
 def _slopes(losses: Callable[[Tensor], Tensor | None], output: Tensor) -> Tensor:
     """[rows, *shape]: derivatives of the losses of rows by their outputs."""
-    value = output.clone()
-    # One derivative for each number of a row, all at once.
-    basis = torch.eye(value[0].numel(), dtype=value.dtype, device=value.device)
-    basis = basis.view(-1, 1, *value.shape[1:]).expand(-1, *value.shape)
-    slopes = torch.func.vmap(lambda one: torch.func.jvp(losses, (value,), (one,))[1])(basis)
-    return slopes.T.reshape(value.shape).to(value.dtype)
+    value, slopes = output.clone(), []
+    # One derivative for each number of a row.
+    for number in range(value[0].numel()):
+        tangent = torch.zeros_like(value)
+        tangent.flatten(1)[:, number] = 1
+        slopes.append(torch.func.jvp(losses, (value,), (tangent,))[1])
+    return torch.stack(slopes, 1).view(value.shape).to(value.dtype)
 
 
 def _check(noise: Noise, known: Mapping[str, Output]) -> None:
