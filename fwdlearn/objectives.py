@@ -72,7 +72,7 @@ def mean_squared_error(output: Any, targets: Tensor) -> Tensor:
 def zero_one(output: Any, targets: Tensor) -> Tensor:
     """1 where the largest logit is not the target's, else 0. No derivative, and none needed."""
     wrong = (_scores(output, targets).argmax(-1) != targets).float()
-    return wrong if targets.dim() == 1 else (wrong * step_weights(targets)).sum(1)
+    return wrong if targets.dim() == 1 else (wrong * step_weights(targets).to(wrong.dtype)).sum(1)
 
 
 def returned(output: Any, targets: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def per_step(targets: Tensor) -> bool:
 
 
 def step_weights(targets: Tensor) -> Tensor:
-    """float32 [rows, steps]: 1 over the number of a row's steps that count, where one does.
+    """float64 [rows, steps]: 1 over the number of a row's steps that count, where one does.
 
     A row of which no step counts has weights and loss 0.
     """
@@ -94,7 +94,7 @@ def step_weights(targets: Tensor) -> Tensor:
         counts = ~targets.flatten(2).isnan().any(2)
     else:
         counts = targets != NOT_COUNTED
-    return counts / counts.sum(1, keepdim=True).clamp(min=1)
+    return counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
 
 
 def at_step(objective: Any, output: Any, targets: Tensor, weights: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fwdlearn.estimator import Estimate
+from fwdlearn.steps import Carried
 
 if TYPE_CHECKING:
     from fwdlearn.trainer import Trainer
@@ -45,6 +46,19 @@ class Window:
             "queries_per_second": self.queries / self.seconds if self.seconds else None,
             "nonfinite": self.nonfinite,
         }
+
+
+@dataclass
+class Pieces:
+    """The state of an estimator where updates come within sequences.
+
+    Args:
+        state: of the estimator itself.
+        carried: by its sequences.
+    """
+
+    state: Any
+    carried: Carried
 
 
 @dataclass

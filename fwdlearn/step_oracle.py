@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from fwdlearn.batch import Batch
+from fwdlearn.directions import Directions
+from fwdlearn.engine.measured import Measured
 from fwdlearn.engine.moments import Moment
 from fwdlearn.engine.through_time import TimeEngine
+from fwdlearn.errors import UsageError
 from fwdlearn.keys import Key
 from fwdlearn.noise import Noise, Output
 from fwdlearn.oracle import Lazy, ModelOracle, forbid_backward
-from fwdlearn.steps import Sequences
+from fwdlearn.steps import Carried, Memory, Sequences
 
 
 class StepOracle(ModelOracle):
@@ -32,6 +35,66 @@ class StepOracle(ModelOracle):
 
     def __init__(self, engine: TimeEngine, batch: Batch, dropout: Key | None = None) -> None:
         super().__init__(engine, batch, dropout)  # type: ignore[arg-type]
+        self._before: Carried | None = None
+        self._asked: list[Memory] = []
+
+    def go_on(self, before: Carried) -> None:
+        """Makes the batch a piece of its sequences.
+
+        The first question goes on where the first of the piece before went, the second where its
+        second went, and so on. One with other queries than that raises UsageError.
+
+        Args:
+            before: from `carried`, or without steps at the beginning of the sequences.
+        """
+        self._before = before
+
+    @property
+    def carried(self) -> Carried:
+        """What the next piece goes on with."""
+        questions = [memory.after for memory in self._asked]
+        return Carried(questions, self._steps_before + self.length())
+
+    def losses(
+        self,
+        row: Tensor,
+        directions: Directions | None = None,
+        direction: Tensor | None = None,
+        scale: Tensor | float = 0.0,
+    ) -> Tensor:
+        """See `ModelOracle.losses`."""
+        if directions is None and self._known is not None:
+            return self._known[row]
+        with forbid_backward(), torch.inference_mode():
+            memory = self._memory(len(row))
+            losses = self._engine.losses(
+                self._batch, row, directions, direction, scale, self._dropout, memory
+            )
+        self._queries += len(row)
+        return losses.clone()
+
+    def slopes(
+        self, row: Tensor, directions: Directions, direction: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `SlopeOracle.slopes`."""
+        with forbid_backward(), torch.inference_mode():
+            memory = self._memory(len(row))
+            losses, slopes = self._engine.slopes(
+                self._batch, row, directions, direction, self._dropout, memory
+            )
+        self._queries += len(row)
+        return losses.clone(), slopes.clone()
+
+    def measure(self, residual: bool, keep: bool = False) -> Measured:
+        """See `fwdlearn.signals.Measuring`."""
+        if keep:
+            return super().measure(residual, keep)
+        with forbid_backward(), torch.inference_mode():
+            memory = self._memory(self.rows)
+            clean = self._engine.measure(self._batch, residual, self._dropout, memory)
+        self._queries += self.rows
+        self._known = clean.losses.clone()
+        return clean
 
     def length(self) -> int:
         """See `TimeOracle.length`."""
@@ -68,14 +131,43 @@ class StepOracle(ModelOracle):
         """See `TimeOracle.moments`."""
         scales = torch.as_tensor(scale, dtype=torch.float64, device=row.device).expand(len(row))
         self._queries += self.rows + len(row)
-        steps = self._engine.moments.run(self._sequences, row, noise, index, scales, shifts, None)
+        memory, every = self._memory(self.rows), torch.arange(self.rows, device=row.device)
+        begun = None if memory is None else memory.at(every)
+        steps = self._engine.moments.run(
+            self._sequences, row, noise, index, scales, shifts, begun, self._steps_before
+        )
         while True:
             # Nothing stays forbidden while the caller looks at a step.
             with torch.inference_mode(False), forbid_backward():
                 found = next(steps, None)
             if found is None:
                 return
-            yield found[0]
+            moment, state = found
+            if memory is not None:
+                memory.keep(every, state)
+            yield moment
+
+    @property
+    def _steps_before(self) -> int:
+        return 0 if self._before is None else self._before.steps
+
+    def _memory(self, queries: int) -> Memory | None:
+        """Of the next question, in a piece of sequences."""
+        if self._before is None:
+            return None
+        number, state = len(self._asked), None
+        if self._before.steps:
+            known = self._before.questions
+            state = known[number] if number < len(known) else {}
+            if any(len(value) != queries for value in state.values()) or not state:
+                raise UsageError(
+                    f"sequences in pieces need the same questions of every piece, but question "
+                    f"{number + 1} has other queries than it had in the piece before; choose an "
+                    "allocator that gives each step the same directions, such as Uniform."
+                )
+        memory = Memory(state, queries)
+        self._asked.append(memory)
+        return memory
 
     def _surveyed(self) -> Mapping[str, Output]:
         with torch.inference_mode(False), forbid_backward():

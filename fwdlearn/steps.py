@@ -9,7 +9,7 @@ many there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,6 +33,48 @@ class Steps(Protocol):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step: x [rows, ...] and a state to an output [rows, ...] and the next state."""
+
+
+class Memory:
+    """The states of some queries at the end of a piece of their sequences.
+
+    Args:
+        before: name -> [queries, ...], at the end of the piece before; None if there is none.
+        queries: how many there are.
+
+    Attributes:
+        after: the same at the end of this piece.
+    """
+
+    def __init__(self, before: State | None, queries: int) -> None:
+        self.before, self.queries = before, queries
+        self.after: State = {}
+
+    def at(self, place: Tensor) -> State | None:
+        """The states of queries `place`, int64 [n], with which they go on; None at a beginning."""
+        if self.before is None:
+            return None
+        return {name: value[place] for name, value in self.before.items()}
+
+    def keep(self, place: Tensor, state: State) -> None:
+        """Takes the states of queries `place`, with which the next piece will go on."""
+        for name, value in state.items():
+            if name not in self.after:
+                self.after[name] = value.new_zeros(self.queries, *value.shape[1:])
+            self.after[name][place] = value
+
+
+@dataclass
+class Carried:
+    """What goes from one piece of some sequences to the next.
+
+    Args:
+        questions: the states of the queries of each question of a step, in their order.
+        steps: of the sequences so far.
+    """
+
+    questions: list[State] = field(default_factory=list)
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +143,7 @@ class Sequences:
         return self.targets[:, step] if self.each else self.targets
 
     def weight(self, step: int) -> Tensor:
-        """float32 [rows]: what a step that counts counts."""
+        """float64 [rows]: what a step that counts counts."""
         return self._weights[:, step if self.each else 0]
 
     def counts(self, step: int) -> bool:
@@ -112,7 +154,7 @@ class Sequences:
     def _weights(self) -> Tensor:
         if self.each:
             return step_weights(self.targets)
-        return torch.ones(self.rows, 1, device=self.targets.device)
+        return torch.ones(self.rows, 1, dtype=torch.float64, device=self.targets.device)
 
     @cached_property
     def _counting(self) -> Sequence[bool]:

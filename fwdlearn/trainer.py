@@ -29,11 +29,12 @@ from fwdlearn.keys import Key
 from fwdlearn.local import learn_locally, local_rows
 from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
 from fwdlearn.metrics import Scores
+from fwdlearn.objectives import per_step
 from fwdlearn.oracle import ActivationOracle, ModelOracle, forbid_backward, require
-from fwdlearn.progress import Journal, Progress, Window
+from fwdlearn.progress import Journal, Pieces, Progress, Window
 from fwdlearn.signals import check_signals, measured, read
 from fwdlearn.step_oracle import StepOracle
-from fwdlearn.steps import Steps
+from fwdlearn.steps import Carried, Sequences, Steps
 
 AnyEngine = Engine | Calls | TimeEngine
 
@@ -96,6 +97,9 @@ class Trainer:
         queries: a budget of queries, one forward pass of one row each: steps are taken while the
             next one fits. Exactly one of the two.
         seed: of all randomness, in [0, 2**64).
+        every: steps of a sequence between updates, for a model that runs step by step: a step of
+            the run is about so many steps of its sequences, and states and tangents are carried
+            on to the next. None for whole sequences.
         device: where batches go.
         evaluate_every: steps between evaluations, or None to evaluate at the end alone.
         evaluation_batch_size: rows of an evaluation pass.
@@ -126,6 +130,7 @@ class Trainer:
         steps: int | None = None,
         queries: int | None = None,
         seed: int = 0,
+        every: int | None = None,
         device: str = "cpu",
         evaluate_every: int | None = None,
         evaluation_batch_size: int = 256,
@@ -141,6 +146,7 @@ class Trainer:
             "batch_size": batch_size,
             "steps": steps,
             "queries": queries,
+            "every": every,
             "evaluate_every": evaluate_every,
             "evaluation_batch_size": evaluation_batch_size,
             "log_every": log_every,
@@ -171,6 +177,9 @@ class Trainer:
         self.sinks, self.journal = sinks, journal or Journal()
         self.key = Key.root(seed)
         self.engine: AnyEngine = self._engine(model)(model, objective, rung, memory_budget, compile)
+        self.every, self._pieces = every, 1
+        if every is not None:
+            self._pieces = self._divided(every)
         self._check_parts()
 
     def train(self) -> dict[str, Any]:
@@ -258,7 +267,7 @@ class Trainer:
             `queries_per_second` and the counts of a run.
         """
         first = self.allocator.init()
-        state, step, plan = self.estimator.init(self.engine.params), -1, Plan.uniform(1, 1)
+        state, step, plan = self.start().state, -1, Plan.uniform(1, 1)
 
         def estimate() -> Estimate:
             nonlocal step, state, plan
@@ -305,10 +314,17 @@ class Trainer:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step: a pure function of (seed, epoch, step)."""
-        return self.data.train.batch(self.examples(step)).to(self.device)
+        batch = self.data.train.batch(self.examples(step)).to(self.device)
+        if self.every is None:
+            return batch
+        begin = step % self._pieces * self.every
+        # The last piece of its sequences may be shorter.
+        piece = slice(begin, begin + self.every)
+        return batch.map(lambda value: value[:, piece])
 
     def examples(self, step: int) -> Tensor:
         """int64 [rows]: the numbers of the training rows of a step's batch."""
+        step //= self._pieces
         if getattr(self.data.train, "endless", False):
             # From a place of the run's own, so that runs with other seeds see other rows.
             place = int(self.key.fold("data").uniform(1)[0] * (len(self.data.train) >> 1))
@@ -332,11 +348,17 @@ class Trainer:
 
     def start(self) -> Progress:
         """Before the first step."""
-        return Progress(self.estimator.init(self.engine.params), self.allocator.init())
+        state = self.estimator.init(self.engine.params)
+        if self.every is not None:
+            state = Pieces(state, Carried())
+        return Progress(state, self.allocator.init())
 
     def step_key(self, step: int) -> Key:
-        """Of the randomness of a step's estimate, steps numbered from 0."""
-        return self.key.fold("step").fold(step)
+        """Of the randomness of a step's estimate, steps numbered from 0.
+
+        Directions stay where they are until a sequence is over.
+        """
+        return self.key.fold("step").fold(step // self._pieces)
 
     def _made(self, at: Progress) -> _Step:
         """The estimate of the step `at.step`, which counts from 1: from the journal, or made."""
@@ -365,16 +387,23 @@ class Trainer:
     def _estimate(self, step: int, state: Any, plans: Any) -> tuple[_Step, Any, Any]:
         key, batch = self.step_key(step), self.batch(step)
         oracle = self._oracle(batch, key.fold("dropout"))
+        if self.every is not None:
+            assert isinstance(oracle, StepOracle)
+            oracle.go_on(state.carried if step % self._pieces else Carried())
+            state = state.state
         keep = self.estimator.traits.needs is ActivationOracle
         signals = read(self.allocator.signals, oracle, batch, self.examples(step), keep)
         plan, plans = self.allocator.allocate(
-            len(batch), signals, plans, key=self.key.fold("plan").fold(step)
+            len(batch), signals, plans, key=self.key.fold("plan").fold(step // self._pieces)
         )
         if plan.block is not None:
             oracle = oracle.only(plan.block.names(oracle.params))
         estimate, state = self.estimator.estimate(
             oracle, oracle.params, state, key=key, plan=plan.to(self.device)
         )
+        if self.every is not None:
+            assert isinstance(oracle, StepOracle)
+            state = Pieces(state, oracle.carried)
         if plan.block is not None:
             estimate = _counted(estimate, 1 / plan.block.probability)
         for group in self._asking:
@@ -466,6 +495,23 @@ class Trainer:
                 self.engine.choose(self.batch(0), self.key.fold("dropout"))
         assert self.engine.choice is not None
         return self.engine.choice
+
+    def _divided(self, every: int) -> int:
+        """Pieces of a sequence."""
+        batch = self.data.train.batch(torch.arange(1))
+        if not isinstance(self.engine, TimeEngine) or not per_step(batch.targets):
+            raise UsageError(
+                f"Trainer(every={every}) updates within sequences: the model must run step by "
+                "step (`fwdlearn.steps`), without backpropagation, and each step must have a "
+                "target. Leave it out to take whole sequences."
+            )
+        if self.estimator.traits.needs is ActivationOracle:
+            raise UsageError(
+                f"Trainer(every={every}) carries states from piece to piece, and "
+                f"{type(self.estimator).__name__} takes whole sequences; CausalNodePerturbation "
+                "has noise in layers too."
+            )
+        return math.ceil(Sequences.of(batch, self.objective).steps / every)
 
     def _check_parts(self) -> None:
         oracle = self._oracle(Batch((), torch.zeros(1)))

@@ -94,9 +94,10 @@ class Moments:
         index: Tensor,
         scale: Tensor,
         shifts: bool,
-        before: tuple[State, State] | None,
-    ) -> Iterator[tuple[Moment, tuple[State, State]]]:
-        """Each step, and the states after it: of the rows and of the queries.
+        before: State | None = None,
+        number: int = 0,
+    ) -> Iterator[tuple[Moment, State]]:
+        """Each step, and the states of the rows after it.
 
         Args:
             row: int64 [queries].
@@ -104,7 +105,9 @@ class Moments:
             index: int64 [queries].
             scale: float64 [queries].
             shifts: whether what has changed at every site is asked for.
-            before: the states before the first step; None at the start of a sequence.
+            before: the states of the rows before the first step, from which noisy queries begin
+                too; None at the start of a sequence.
+            number: of the first step.
         """
         engine, every = self.engine, torch.arange(sequences.rows, device=row.device)
         known = self.outputs(sequences)
@@ -114,7 +117,7 @@ class Moments:
             calm, starts[0] = self._begun(head, sequences.rows)
             noisy, starts[1] = self._begun(head, len(row))
         else:
-            calm, noisy = before
+            calm, noisy = before, {name: value[row] for name, value in before.items()}
         for step in range(sequences.steps):
             begins = step == 0 and before is None
             uses, sites = (first, self._sites[0]) if begins else (rest, self._sites[1])
@@ -134,7 +137,7 @@ class Moments:
             exact = partial(self._exact, sequences, step, output)
             losses, moved = None, {}
             if len(row):
-                current, x = noise(step), sequences.input(step, row)
+                current, x = noise(number + step), sequences.input(step, row)
                 _check(current, known)
                 settings: dict[str, Any] = dict(
                     sites=sites, noise=current, index=index, scale=scale
@@ -153,14 +156,14 @@ class Moments:
             zero = torch.zeros(0, device=row.device, dtype=engine.wide)
             yield (
                 Moment(
-                    step,
+                    number + step,
                     zero.new_zeros(sequences.rows) if clean is None else clean,
                     zero.new_zeros(len(row)) if losses is None else losses,
                     moved,
                     kept,
                     exact,
                 ),
-                (calm, noisy),
+                calm,
             )
 
     def _begun(self, head: Sequence[Use], rows: int) -> tuple[State, Survey]:

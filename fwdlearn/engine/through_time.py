@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
 
@@ -35,7 +36,7 @@ from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
 from fwdlearn.engine.watch import Watch, by_mode, by_type
 from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
-from fwdlearn.steps import Sequences, State
+from fwdlearn.steps import Memory, Sequences, State
 
 # The widest activation of a pass, with its tangents: what keeps products at full speed.
 _WIDEST_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
@@ -43,6 +44,8 @@ _WIDEST_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
 # Of slopes, from differences of losses.
 _SLACK = {torch.float64: 1e-4, torch.float32: 5e-2}
+# Ends the name of a state's tangents.
+_MOVED = "'"
 # Steps on which passes are checked.
 _CHECKED = 4
 
@@ -179,19 +182,27 @@ class TimeEngine:
         direction: Tensor | None = None,
         scale: Tensor | float = 0.0,
         dropout: Key | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
-        """Losses [queries]; see `LossOracle.losses`."""
+        """Losses [queries]; see `LossOracle.losses`.
+
+        Args:
+            memory: of these queries, where their sequences come in pieces.
+        """
         sequences = Sequences.of(batch, self.objective)
         dropout = self._dropout(dropout)
         if directions is None or direction is None:
-            parts = row.split(self.size(1))
-            return torch.cat([self._plain(sequences, part, dropout) for part in parts])
+            found, every = self._zero(row), torch.arange(len(row), device=row.device)
+            for part in every.split(self.size(1)):
+                with masks(dropout, row[part]):
+                    found[part] = self._total(sequences, row[part], _Part.of(memory, part))
+            return found
         choice = self.choice or self.choose(batch, dropout)
         scale = torch.as_tensor(scale, dtype=torch.float64, device=row.device).expand(len(row))
         queries = Queries(batch, row, directions, direction, scale, dropout)
         if choice.rung == "fold":
-            return self._fold(sequences, queries)
-        return self._reference(sequences, queries)
+            return self._fold(sequences, queries, memory)
+        return self._reference(sequences, queries, memory)
 
     def slopes(
         self,
@@ -200,8 +211,12 @@ class TimeEngine:
         directions: Directions,
         direction: Tensor,
         dropout: Key | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Losses [queries] and slopes [queries]; see `SlopeOracle.slopes`.
+
+        Args:
+            memory: of these queries, where their sequences come in pieces; tangents too.
 
         Raises:
             UsageError: an operation of the model has no forward derivative, or hides it.
@@ -210,7 +225,7 @@ class TimeEngine:
         if not self._differentiable:
             self._check_slopes(_cut(sequences), dropout)
             self._differentiable = True
-        return self._slopes(sequences, row, directions, direction, dropout)
+        return self._slopes(sequences, row, directions, direction, dropout, memory)
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, object]:
         """Losses [rows], and what goes out: at every step that has a target, or at the last."""
@@ -218,7 +233,7 @@ class TimeEngine:
         row = torch.arange(len(batch), device=batch.device)
         total = self._zero(row)
         outputs: list[Tensor] = []
-        for _, output, loss in self._run(sequences, row):
+        for output, loss, _ in self._run(sequences, row):
             if loss is not None:
                 total += loss
             if not sequences.each:
@@ -226,7 +241,13 @@ class TimeEngine:
             outputs.append(output)
         return total, torch.stack(outputs, 1) if sequences.each else outputs[-1]
 
-    def measure(self, batch: Batch, residual: bool, dropout: Key | None = None) -> Measured:
+    def measure(
+        self,
+        batch: Batch,
+        residual: bool,
+        dropout: Key | None = None,
+        memory: Memory | None = None,
+    ) -> Measured:
         """A clean pass over the batch, in its order."""
         if residual:
             raise UsageError(
@@ -234,7 +255,7 @@ class TimeEngine:
                 "has many; the signal 'loss' serves here."
             )
         row = torch.arange(len(batch), device=batch.device)
-        return Measured(self.losses(batch, row, dropout=dropout))
+        return Measured(self.losses(batch, row, dropout=dropout, memory=memory))
 
     def size(self, copies: int) -> int:
         """Rows of a pass, each with so many activations of the widest kind."""
@@ -261,37 +282,55 @@ class TimeEngine:
 
     def _run(
         self, sequences: Sequences, row: Tensor, state: State | None = None
-    ) -> Iterator[tuple[int, Any, Tensor | None]]:
-        """For each step: its number, what goes out, and what it adds to the losses, if it does."""
+    ) -> Iterator[tuple[Any, Tensor | None, State]]:
+        """For each step: what goes out, what it adds to the losses if it does, and the state."""
         state = self.model.initial(len(row)) if state is None else state
         for step in range(sequences.steps):
             output, state = self.model.step(sequences.input(step, row), state)
-            yield step, output, sequences.loss(step, row, output)
+            yield output, sequences.loss(step, row, output), state
 
-    def _total(self, sequences: Sequences, row: Tensor) -> Tensor:
-        total = self._zero(row)
-        for _, _, loss in self._run(sequences, row):
+    def _total(
+        self, sequences: Sequences, row: Tensor, carried: _Part | _Moving | None = None
+    ) -> Tensor:
+        """Losses [len(row)]."""
+        total, state = self._zero(row), None if carried is None else carried.before()
+        for step in self._run(sequences, row, state):
+            _, loss, state = step
             if loss is not None:
                 total = total + loss
+        if carried is not None and state is not None:
+            carried.keep(state)
         return total
 
     def _plain(self, sequences: Sequences, row: Tensor, dropout: Key | None) -> Tensor:
         with masks(dropout, row):
             return self._total(sequences, row)
 
-    def _fold(self, sequences: Sequences, queries: Queries) -> Tensor:
-        together, order = queries.together()
-        uses = Unrolled(*self.traced(RULES, sequences, queries.dropout), sequences.steps)
-        with self._watch(self.model, self.params, uses, RULES) as start:
-            losses = []
-            for some in together.blocks(self.size(1)):
-                with some.masks(), start(some) as fold:
-                    losses.append(self._total(sequences, some.row))
-                fold.finish()
-        found = torch.cat(losses)
-        return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
+    def _unrolled(
+        self, rules: Any, sequences: Sequences, dropout: Key | None, memory: Memory | None
+    ) -> Unrolled:
+        head, first, rest = self.traced(rules, sequences, dropout)
+        if memory is not None and memory.before is not None:
+            head, first = (), rest
+        return Unrolled(head, first, rest, sequences.steps)
 
-    def _reference(self, sequences: Sequences, queries: Queries) -> Tensor:
+    def _fold(self, sequences: Sequences, queries: Queries, memory: Memory | None = None) -> Tensor:
+        together, order = queries.together()
+        place = torch.arange(len(queries), device=queries.row.device) if order is None else order
+        uses = self._unrolled(RULES, sequences, queries.dropout, memory)
+        found, done = self._zero(queries.row), 0
+        with self._watch(self.model, self.params, uses, RULES) as start:
+            for some in together.blocks(self.size(1)):
+                mine = place[done : done + len(some)]
+                done += len(some)
+                with some.masks(), start(some) as fold:
+                    found[mine] = self._total(sequences, some.row, _Part.of(memory, mine))
+                fold.finish()
+        return found
+
+    def _reference(
+        self, sequences: Sequences, queries: Queries, memory: Memory | None = None
+    ) -> Tensor:
         """One perturbed copy of the parameters at a time."""
         found = self._zero(queries.row)
         for direction, scale, mine in queries.points():
@@ -299,7 +338,7 @@ class TimeEngine:
             for part in mine.split(self.size(1)):
                 some = queries.at(part)
                 with some.masks(), self._seeing(copy):
-                    found[part] = self._total(sequences, some.row)
+                    found[part] = self._total(sequences, some.row, _Part.of(memory, part))
         return found
 
     @contextmanager
@@ -326,14 +365,15 @@ class TimeEngine:
         directions: Directions,
         direction: Tensor,
         dropout: Key | None,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Tensor]:
-        uses = Unrolled(*self.traced(DUAL_RULES, sequences, dropout), sequences.steps)
-        losses = slopes = self._zero(row)
-        slopes = torch.zeros_like(losses)
+        uses = self._unrolled(DUAL_RULES, sequences, dropout, memory)
+        losses, slopes = self._zero(row), self._zero(row)
         for some in slope_passes(row, direction, self.size(1), private=True):
             dual = Dual(self.names, uses, DUAL_RULES, directions, some.direction)
+            carried = None if memory is None else _Moving(memory, some.query, dual)
             with masks(dropout, some.row), dual:
-                total = self._total(sequences, some.row)
+                total = self._total(sequences, some.row, carried)
             dual.finish()
             moved = dual.tangent(total)
             losses[some.query] = total.expand(some.query.shape)
@@ -463,6 +503,58 @@ class TimeEngine:
 
     def _allowed(self, tolerances: Mapping[torch.dtype, float]) -> float:
         return max(tolerances.get(value.dtype, 0.5) for value in self.params.values())
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The memory of some queries."""
+
+    memory: Memory
+    place: Tensor
+
+    @classmethod
+    def of(cls, memory: Memory | None, place: Tensor) -> _Part | None:
+        return None if memory is None else cls(memory, place)
+
+    def before(self) -> State | None:
+        return self.memory.at(self.place)
+
+    def keep(self, state: State) -> None:
+        self.memory.keep(self.place, state)
+
+
+@dataclass(frozen=True)
+class _Moving:
+    """The memory of a pass with tangents: states of rows, and K tangents of each.
+
+    Args:
+        memory: of all queries; each has the state of its row, and a tangent.
+        query: int64 [K, rows].
+    """
+
+    memory: Memory
+    query: Tensor
+    dual: Dual
+
+    def before(self) -> State | None:
+        # Of a row, any of its queries tells.
+        plain, moved = self.memory.at(self.query[0]), self.memory.at(self.query.flatten())
+        if plain is None or moved is None:
+            return None
+        state = {name: value for name, value in plain.items() if not name.endswith(_MOVED)}
+        for name, value in state.items():
+            tangent = moved[name + _MOVED].view(*self.query.shape, *value.shape[1:])
+            self.dual.carry(value, tangent)
+        return state
+
+    def keep(self, state: State) -> None:
+        kept = {}
+        for name, value in state.items():
+            whole, moved = value.expand(len(self.query), *value.shape), self.dual.tangent(value)
+            kept[name] = whole
+            kept[name + _MOVED] = torch.zeros_like(whole) if moved is None else moved
+        flat = {name: value.flatten(0, 1) for name, value in kept.items()}
+        self.memory.keep(self.query.flatten(), flat)
 
 
 def _cut(sequences: Sequences) -> Sequences:

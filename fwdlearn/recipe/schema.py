@@ -43,6 +43,9 @@ class TrainerSection(_Section):
     batch_size: Count = Field(default=32, description="rows of a step")
     steps: Count | None = Field(default=None, description="optimizer steps")
     queries: Count | None = Field(default=None, description="budget: forward passes of one row")
+    every: Count | None = Field(
+        default=None, description="steps of a sequence between updates; the state is carried on"
+    )
     evaluate_every: Count | None = Field(default=None, description="steps between evaluations")
     evaluation_batch_size: Count = Field(default=256, description="rows of an evaluation pass")
     log_every: Count = Field(default=10, description="steps between log records")

@@ -65,6 +65,18 @@ def unrolled(model: Any, x: Tensor) -> Tensor:
     return torch.stack(out, 1)
 
 
+class Stepwise(nn.Module):
+    """Whatever `forward` of a model may be: its steps, one after the other."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._parameters, self._modules = model._parameters, model._modules
+        self.inner = [model]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unrolled(self.inner[0], x)
+
+
 def cell(name: str, *widths: int) -> Callable[[], nn.Module]:
     return lambda: Recurrent(name, 2, widths, 2)
 

@@ -20,7 +20,7 @@ from fwdlearn.objectives import cross_entropy, mean_squared_error
 from fwdlearn.oracle import ModelOracle
 from fwdlearn.step_oracle import StepOracle
 
-from .steps import MODELS, built, cell, numbers, sequences
+from .steps import MODELS, Stepwise, built, cell, numbers, sequences
 
 ROW = torch.tensor([0, 0, 1, 2, 2, 3])
 NUMBER = torch.tensor([0, 1, 2, 0, 3, 4])
@@ -187,7 +187,7 @@ def test_moments_add_up_to_noise_in_the_whole(name: str) -> None:
     """Noise at each step's layers is noise at the layers of the unrolled network."""
     model, batch = built(MODELS[name]), sequences()
     stepped = StepOracle(TimeEngine(model, mean_squared_error), batch)
-    whole = ModelOracle(Engine(model, mean_squared_error), batch)
+    whole = ModelOracle(Engine(Stepwise(model), mean_squared_error), batch)
     sites, key, count = stepped.step_sites, Key.root(2), 5
 
     def noise(step: int) -> SiteNoise:
@@ -212,7 +212,7 @@ def test_moments_add_up_to_noise_in_the_whole(name: str) -> None:
 def test_gathered_products_are_those_of_the_whole() -> None:
     model, batch = built(MODELS["lstm"]), sequences()
     stepped = StepOracle(TimeEngine(model, mean_squared_error), batch)
-    whole = ModelOracle(Engine(model, mean_squared_error), batch)
+    whole = ModelOracle(Engine(Stepwise(model), mean_squared_error), batch)
     sites, total, cotangents = stepped.step_sites, {}, {}
     none = ROW[:0]
     for moment in stepped.moments(none, lambda t: SiteNoise(Key(t, 0), sites, 1), none, 0.0):
