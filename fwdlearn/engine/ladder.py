@@ -363,7 +363,8 @@ class Engine:
         found = self._check(batch, dropout, self._copies)
         row = torch.arange(min(2, len(batch)), device=batch.device)
         directions = Directions(Key.root(0).fold("self-check"), self.params, len(row))
-        queries = Queries(batch, row, directions, row, torch.zeros(len(row)).double(), dropout)
+        nowhere = torch.zeros(len(row), dtype=torch.float64, device=batch.device)
+        queries = Queries(batch, row, directions, row, nowhere, dropout)
         loop = copies.looped(self.model, self.params, queries, self.row_losses)
         return f"{found}; {loop} runs one copy at a time" if loop else found
 

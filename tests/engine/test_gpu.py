@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,15 @@ from fwdlearn.allocator import Plan
 from fwdlearn.batch import Batch
 from fwdlearn.directions import LAWS, Directions
 from fwdlearn.engine import Engine
+from fwdlearn.engine.through_time import TimeEngine
 from fwdlearn.estimator import Estimator
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
-from fwdlearn.objectives import cross_entropy
-from fwdlearn.oracle import ModelOracle
+from fwdlearn.models.recurrent import Recurrent
+from fwdlearn.objectives import cross_entropy, mean_squared_error
+from fwdlearn.oracle import ModelOracle, TimeOracle
 from fwdlearn.registry import entries, load
+from fwdlearn.step_oracle import StepOracle
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,11 +54,26 @@ def network() -> nn.Module:
     return nn.Sequential(*widths, nn.Linear(8, 3))
 
 
-def inputs(name: str) -> Tensor:
-    return torch.randint(11, (4, 5)) if name == "block" else torch.randn(4, 6, dtype=torch.float64)
+def made(name: str) -> tuple[nn.Module, Batch]:
+    """A model in float64 and four rows for it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "sequence":
+            model: nn.Module = Recurrent("elman", 3, (5,), 2)
+            values = torch.randn(4, 6, 5).double()
+            return model.double(), Batch((values[..., :3],), values[..., 3:].contiguous())
+        model = MODELS[name]().double()
+        x = torch.randint(11, (4, 5)) if name == "block" else torch.randn(4, 6).double()
+        return model, Batch((x,), torch.arange(4) % 3)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"network": network, "block": Block}
+
+
+def oracle_of(model: nn.Module, batch: Batch) -> ModelOracle:
+    if isinstance(model, Recurrent):
+        return StepOracle(TimeEngine(model, mean_squared_error), batch)
+    return ModelOracle(Engine(model, cross_entropy), batch)
 
 
 def example(target: str, number: int) -> Estimator:
@@ -65,7 +84,7 @@ def example(target: str, number: int) -> Estimator:
 def gradient(
     model: nn.Module, batch: Batch, estimator: Estimator, counts: int
 ) -> tuple[dict[str, Tensor], float]:
-    oracle = ModelOracle(Engine(model, cross_entropy), batch)
+    oracle = oracle_of(model, batch)
     plan = Plan.uniform(len(batch), counts).to(batch.device)
     state = estimator.init(oracle.params)
     for step in range(2):
@@ -74,20 +93,16 @@ def gradient(
     return {name: value.cpu() for name, value in found.grad.items()}, float(found.loss)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(
-    ("target", "number"),
-    [
-        pytest.param(entry.target, number, id=f"{name}-{number}")
-        for name, entry in entries("estimator").items()
-        for number in range(len(load(entry.target).examples()))
-    ],
-)
+def cases() -> Iterator[Any]:
+    for name, entry in entries("estimator").items():
+        for number, one in enumerate(load(entry.target).examples()):
+            for model in ("sequence",) if one.traits.needs is TimeOracle else MODELS:
+                yield pytest.param(entry.target, number, model, id=f"{name}-{number}-{model}")
+
+
+@pytest.mark.parametrize(("target", "number", "model"), list(cases()))
 def test_estimates_agree(target: str, number: int, model: str) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        here = MODELS[model]().double()
-        batch = Batch((inputs(model),), torch.arange(4) % 3)
+    here, batch = made(model)
     there = copy.deepcopy(here).cuda()
     expected, loss = gradient(here, batch, example(target, number), 4)
     found, found_loss = gradient(there, batch.to("cuda"), example(target, number), 4)
@@ -119,10 +134,7 @@ def test_gradients_are_summed_in_float32(dtype: torch.dtype, law: str, rank: int
 @pytest.mark.parametrize("rung", ["fold", "copies", "sequential"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_rung_runs(model: str, rung: str) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        here = MODELS[model]().double()
-        batch = Batch((inputs(model),), torch.arange(4) % 3)
+    here, batch = made(model)
     losses = []
     for device, used in (("cpu", "auto"), ("cuda", rung)):
         engine = Engine(copy.deepcopy(here).to(device), cross_entropy, rung=used)
