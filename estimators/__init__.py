@@ -17,8 +17,11 @@ from .node_perturbation import (
 )
 from .projected_forward_gradient import ProjectedForwardGradient
 from .random_perturbation import SPSA, RandomPerturbation
+from .rtrl import RTRL
+from .stepwise_perturbation import StepwiseActivityPerturbation, StepwiseWeightPerturbation
 
 __all__ = [
+    "RTRL",
     "SPSA",
     "ActivityForwardGradient",
     "ActivityNodePerturbation",
@@ -30,4 +33,6 @@ __all__ = [
     "NodePerturbation",
     "ProjectedForwardGradient",
     "RandomPerturbation",
+    "StepwiseActivityPerturbation",
+    "StepwiseWeightPerturbation",
 ]

@@ -229,7 +229,7 @@ class TimeOracle(LossOracle, Protocol):
     def moments(
         self,
         row: Tensor,
-        noise: Callable[[int], Noise],
+        noise: Callable[[int], Noise | Directions],
         index: Tensor,
         scale: Tensor | float,
         shifts: bool = False,
@@ -241,10 +241,11 @@ class TimeOracle(LossOracle, Protocol):
 
         Args:
             row: int64 [queries], may repeat; none for a clean pass alone.
-            noise: number of a step -> the noise of that step, for `step_sites`.
+            noise: number of a step -> the noise of that step, for `step_sites`; or directions,
+                along which the weights are perturbed at that step alone.
             index: int64 [queries], numbers within the noise.
             scale: float, or [queries].
-            shifts: whether what changes at the layers is asked for.
+            shifts: whether what changes at the layers is asked for; not with directions.
         """
 
 

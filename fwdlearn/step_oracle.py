@@ -123,7 +123,7 @@ class StepOracle(ModelOracle):
     def moments(
         self,
         row: Tensor,
-        noise: Callable[[int], Noise],
+        noise: Callable[[int], Noise | Directions],
         index: Tensor,
         scale: Tensor | float,
         shifts: bool = False,

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fwdlearn.batch import Batch
+from fwdlearn.directions import Directions
 from fwdlearn.engine.local import PRODUCTS
 from fwdlearn.engine.passes import Gradients, Pass
+from fwdlearn.engine.queries import Queries
 from fwdlearn.engine.shifts import Shifting
 from fwdlearn.engine.trace import Rows, TraceError, Use
-from fwdlearn.engine.visits import Gathering, Local, Noisy, Survey
+from fwdlearn.engine.visits import Gathering, Local, Noisy, Survey, Visitor
 from fwdlearn.errors import UsageError
 from fwdlearn.keys import Key
 from fwdlearn.noise import Noise, Output, SiteNoise
@@ -90,7 +93,7 @@ class Moments:
         self,
         sequences: Sequences,
         row: Tensor,
-        noise: Callable[[int], Noise],
+        noise: Callable[[int], Noise | Directions],
         index: Tensor,
         scale: Tensor,
         shifts: bool,
@@ -131,26 +134,32 @@ class Moments:
                     wide = torch.promote_types(out.dtype, torch.float32)
                     seen[local.site] = out.to(wide, copy=True)  # noqa: B023
 
-            mode = Gathering(engine.params, uses, sequences.rows, sites=sites, take=take, keep=True)
+            mode: Visitor = Gathering(
+                engine.params, uses, sequences.rows, sites=sites, take=take, keep=True
+            )
             output, calm = self._stepped(mode, sequences.input(step, every), calm, starts[0])
             clean = sequences.loss(step, every, output)
             exact = partial(self._exact, sequences, step, output)
-            losses, moved = None, {}
+            losses: Tensor | None = None
+            moved: dict[str, Tensor] = {}
             if len(row):
-                current, x = noise(number + step), sequences.input(step, row)
-                _check(current, known)
-                settings: dict[str, Any] = dict(
-                    sites=sites, noise=current, index=index, scale=scale
-                )
-                if shifts:
-                    shifting = Shifting(
-                        engine.params, uses, len(row), row=row, clean=seen, **settings
-                    )
-                    output, noisy = self._stepped(shifting, x, noisy, starts[1])
-                    moved = shifting.shifts
+                x, current = sequences.input(step, row), noise(number + step)
+                if isinstance(current, Directions):
+                    output, noisy = self._weights(sequences, x, noisy, row, current, index, scale)
                 else:
-                    adding = Noisy(engine.params, uses, len(row), **settings)
-                    output, noisy = self._stepped(adding, x, noisy, starts[1])
+                    _check(current, known)
+                    adding = Noisy if not shifts else partial(Shifting, row=row, clean=seen)
+                    mode = adding(
+                        engine.params,
+                        uses,
+                        len(row),
+                        sites=sites,
+                        noise=current,
+                        index=index,
+                        scale=scale,
+                    )
+                    output, noisy = self._stepped(mode, x, noisy, starts[1])
+                    moved = getattr(mode, "shifts", {})
                 losses = sequences.loss(step, row, output)
             starts = [None, None]
             zero = torch.zeros(0, device=row.device, dtype=engine.wide)
@@ -165,6 +174,23 @@ class Moments:
                 ),
                 calm,
             )
+
+    def _weights(
+        self,
+        sequences: Sequences,
+        x: Tensor,
+        state: State,
+        row: Tensor,
+        directions: Directions,
+        direction: Tensor,
+        scale: Tensor,
+    ) -> tuple[Any, State]:
+        """A step of queries, each with weights of its own."""
+        queries = Queries(Batch((), sequences.targets), row, directions, direction, scale)
+        with self.engine.watched(sequences) as start, start(queries) as fold:
+            output, state = self.engine.model.step(x, state)
+        fold.finish()
+        return output, state
 
     def _begun(self, head: Sequence[Use], rows: int) -> tuple[State, Survey]:
         """The first state, and the pass that knows which of it is made of parameters."""

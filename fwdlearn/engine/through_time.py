@@ -33,7 +33,7 @@ from fwdlearn.engine.queries import Queries, masks
 from fwdlearn.engine.rules import RULES
 from fwdlearn.engine.sites import Activations
 from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
-from fwdlearn.engine.watch import Watch, by_mode, by_type
+from fwdlearn.engine.watch import Start, Watch, by_mode, by_type
 from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
 from fwdlearn.steps import Memory, Sequences, State
@@ -327,6 +327,26 @@ class TimeEngine:
                     found[mine] = self._total(sequences, some.row, _Part.of(memory, mine))
                 fold.finish()
         return found
+
+    @contextmanager
+    def watched(self, sequences: Sequences) -> Iterator[Start]:
+        """Within, one step of the model can be folded: what makes the fold of its queries.
+
+        Raises:
+            UsageError: the fold was not found to be right for this model.
+        """
+        if self.choice is None:
+            self.choose(Batch((sequences.inputs,), sequences.targets))
+        assert self.choice is not None
+        if self.choice.rung != "fold":
+            raise UsageError(
+                f"weights that change at every step need the fold, and {type(self.model).__name__} "
+                f"runs on the rung {self.choice.rung}: {self.choice.reason}."
+            )
+        # A state from outside is no parameter's.
+        _, _, rest = self.traced(RULES, sequences, None)
+        with self._watch(self.model, self.params, rest, RULES) as start:
+            yield start
 
     def _reference(
         self, sequences: Sequences, queries: Queries, memory: Memory | None = None

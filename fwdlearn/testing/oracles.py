@@ -235,15 +235,19 @@ class TimeFunctionOracle(ActivationFunctionOracle):
     def moments(
         self,
         row: Tensor,
-        noise: Callable[[int], Noise],
+        noise: Callable[[int], Noise | Directions],
         index: Tensor,
         scale: Tensor | float,
         shifts: bool = False,
     ) -> Iterator[FunctionMoment]:
         clean = self.losses(torch.arange(self.rows))
-        losses, moved = clean[:0], {}
+        losses, moved = clean[:0], dict[str, Tensor]()
         if len(row):
-            losses, values = self._noisy(row, noise(0), index, scale)
+            current = noise(0)
+            if isinstance(current, Directions):
+                yield FunctionMoment(clean, self.losses(row, current, index, scale), moved)
+                return
+            losses, values = self._noisy(row, current, index, scale)
             if shifts:
                 moved = {name: value - self.params[name] for name, value in values.items()}
         yield FunctionMoment(clean, losses, moved)

@@ -56,6 +56,21 @@ class Learned(nn.Module):
         return unrolled(self, x)
 
 
+class Mixing(nn.Module):
+    """Its state is centred over the rows of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def initial(self, rows: int) -> State:
+        return {"h": self.layer.weight.new_zeros(rows, 2)}
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        h = self.layer(x + state["h"])
+        return h, {"h": h - h.mean(0)}
+
+
 def unrolled(model: Any, x: Tensor) -> Tensor:
     """[rows, steps, outputs]."""
     state, out = model.initial(len(x)), []

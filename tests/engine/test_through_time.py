@@ -20,7 +20,7 @@ from fwdlearn.objectives import cross_entropy, mean_squared_error
 from fwdlearn.oracle import ModelOracle
 from fwdlearn.step_oracle import StepOracle
 
-from .steps import MODELS, Stepwise, built, cell, numbers, sequences
+from .steps import MODELS, Mixing, Stepwise, built, cell, numbers, sequences
 
 ROW = torch.tensor([0, 0, 1, 2, 2, 3])
 NUMBER = torch.tensor([0, 1, 2, 0, 3, 4])
@@ -90,21 +90,6 @@ def test_the_reference_is_asked_for_by_name() -> None:
             reference.losses(batch, ROW, family(fold), NUMBER, 0.1),
         )
     assert reference.choice is not None and reference.choice.rung == "sequential"
-
-
-class Mixing(nn.Module):
-    """Its state is centred over the rows of a pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-
-    def initial(self, rows: int) -> dict[str, Tensor]:
-        return {"h": self.layer.weight.new_zeros(rows, 2)}
-
-    def step(self, x: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        h = self.layer(x + state["h"])
-        return h, {"h": h - h.mean(0)}
 
 
 def test_what_the_fold_gets_wrong_steps_down_and_says_so() -> None:

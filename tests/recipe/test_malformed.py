@@ -359,7 +359,7 @@ def test_needs_that_the_oracle_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(str(tmp_path))
     text = GOOD.replace("RandomPerturbation", "needy:Needy").replace("  sigma: 0.01\n", "")
     assert str(_error(tmp_path, text)).endswith(
-        "r.yaml:4:9: estimator.name: needy:Needy needs HessianOracle; ModelOracle lacks "
+        "r.yaml:4:9: estimator.name: needy:Needy needs HessianOracle; StepOracle lacks "
         "curvatures. Choose an estimator that needs LossOracle alone (`fwdlearn ls` shows "
         "what each one needs)."
     )
