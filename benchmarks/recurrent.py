@@ -87,18 +87,16 @@ def frozen(task: str, seed: int) -> dict[str, Any]:
     trainer = assemble(load_recipe(task, [f"seed={seed}"])).trainer
     steps = queries // (3 * trainer.batch_size)
     batches = [trainer.batch(step) for step in range(steps)]
-    best = min(GRID, key=lambda pair: _readout_error(trainer, batches, *pair, seed))
+    best = min(GRID, key=lambda pair: _readout_error(trainer, batches, pair, seed))
     model = reservoir(trainer.data.info, 64, *best, seed)
     fit_readout(model, batches)
     value = _figures(model, trainer.data.evaluation)[figure]
     return {"seed": seed, "radius": best[0], "scale": best[1], "curve": [(queries, value)]}
 
 
-def _readout_error(
-    trainer: Any, batches: list[Any], radius: float, scale: float, seed: int
-) -> float:
-    """Of the rows of every fourth batch, when the others are fitted."""
-    model = reservoir(trainer.data.info, 64, radius, scale, seed)
+def _readout_error(trainer: Any, batches: list[Any], made: tuple[float, float], seed: int) -> float:
+    """Of the rows of every fourth batch, when the others are fitted; made: radius and scale."""
+    model = reservoir(trainer.data.info, 64, *made, seed)
     fit_readout(model, [batch for i, batch in enumerate(batches, 1) if i % 4])
     with torch.no_grad():
         losses = [trainer.objective(model(*b.args), b.targets).mean() for b in batches[3::4]]
