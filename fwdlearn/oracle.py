@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NoReturn, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -487,14 +488,18 @@ class Lazy(Mapping[str, T]):
     def __init__(self, make: Callable[[], Mapping[str, T]]) -> None:
         self._make = make
 
+    @cached_property
+    def _made(self) -> Mapping[str, T]:
+        return self._make()
+
     def __getitem__(self, name: str) -> T:
-        return self._make()[name]
+        return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._make())
+        return iter(self._made)
 
     def __len__(self) -> int:
-        return len(self._make())
+        return len(self._made)
 
     def __repr__(self) -> str:
         return repr(dict(self))
