@@ -42,6 +42,13 @@ SHORT = {
         "trainer.batch_size=2",
         "allocator.directions=2",
     ],
+    "movie-reviews-reader": [
+        f"data.path={SHARED}",
+        "data.train_rows=64",
+        "data.evaluation_rows=32",
+        "trainer.steps=3",
+        "trainer.batch_size=8",
+    ],
     "fashion-mnist-tuning": [
         f"data.path={FASHION}",
         "data.train_rows=64",

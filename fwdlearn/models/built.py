@@ -20,11 +20,17 @@ class Built:
         processor: what `Data.prepared` needs to make rows this model reads, or None.
         save: writes the model into a folder in its own format, or None where the weights and the
             factory's arguments say everything.
+        prefix: frozen, and run once a row: its results, a mapping of tensors, are the keyword
+            inputs of `module`. A method `calibrate(**inputs)` of it is first shown some training
+            rows. None where the module reads the rows themselves.
+        cache: a folder for the prefix's results, or None for memory.
     """
 
     module: nn.Module
     processor: object | None = None
     save: Callable[[Path], None] | None = None
+    prefix: nn.Module | None = None
+    cache: str | None = None
 
 
 @contextmanager

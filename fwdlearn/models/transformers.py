@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import json
 import logging
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from fwdlearn.data.types import DataInfo
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
@@ -19,6 +21,7 @@ from fwdlearn.models.built import Built, weights_from
 from fwdlearn.models.images import ImageProcessor
 from fwdlearn.models.location import local_folder
 from fwdlearn.models.pooled import MeanPooled
+from fwdlearn.models.readout import Look, Reader
 
 _HEADS = {
     "text": "AutoModelForSequenceClassification",
@@ -33,6 +36,10 @@ def transformers(
     head: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     attention: str | None = None,
+    train: tuple[str, ...] | None = None,
+    layer: int | None = None,
+    detectors: int = 32,
+    cache: str | None = None,
     seed: int = 0,
 ) -> Built:
     """Loads a pretrained model and gives it a head for the data at hand.
@@ -45,11 +52,17 @@ def transformers(
         path: a folder that `save_pretrained` wrote, `package:NAME/FOLDER` for a folder inside an
             installed Python package, or a model's name on the hub (the local cache comes first).
         head: `auto` chooses by the kind of data: sequence or image classification; `mean` puts a
-            linear classifier on the mean over tokens, the natural reading of sentence encoders.
-            Otherwise the name of a class with `from_pretrained`, such as
+            linear classifier on the mean over tokens, the natural reading of sentence encoders;
+            `reader` freezes the model and trains a `Readout` of its layers' means and of single
+            tokens. Otherwise the name of a class with `from_pretrained`, such as
             `AutoModelForSequenceClassification`.
         dtype: of the weights.
         attention: transformers' `attn_implementation`; None leaves the choice to transformers.
+        train: patterns of the names of the parameters to be trained; None trains them all.
+        layer: whose tokens the detectors of `reader` see; None is two thirds of the way up.
+        detectors: of `reader`, at least 1.
+        cache: a folder for what the frozen model of `reader` says of each row, kept for other runs;
+            None keeps it in memory.
         seed: of the new head's weights.
 
     Returns:
@@ -58,7 +71,8 @@ def transformers(
 
     Raises:
         MissingError: transformers is not installed, or there is no such model, tokenizer or hub.
-        UsageError: features, an unknown head or dtype, or a folder that cannot be loaded.
+        UsageError: features, an unknown head or dtype, a pattern that matches nothing, or a folder
+            that cannot be loaded.
     """
     if info.kind not in _HEADS:
         raise UsageError(f"transformers reads text or images, not {info.kind}; mlp reads features.")
@@ -69,14 +83,14 @@ def transformers(
     path = str(path)
     folder = local_folder(path)
     library = _library()
-    if head == "mean" and info.kind != "text":
-        raise UsageError("transformers(head='mean') reads text; head='auto' reads images.")
-    named = {"auto": _HEADS[info.kind], "mean": "AutoModel"}
+    if head in ("mean", "reader") and info.kind != "text":
+        raise UsageError(f"transformers(head={head!r}) reads text; head='auto' reads images.")
+    named = {"auto": _HEADS[info.kind], "mean": "AutoModel", "reader": "AutoModel"}
     loader: Any = getattr(library, named.get(head, head), None)
     if not hasattr(loader, "from_pretrained"):
         raise UsageError(
-            "transformers(head=...) must be auto, mean or the name of a transformers model class, "
-            f"got {head!r}; {_HEADS[info.kind]} is what auto means here."
+            "transformers(head=...) must be auto, mean, reader or the name of a transformers model "
+            f"class, got {head!r}; {_HEADS[info.kind]} is what auto means here."
         )
     with _quiet(library):
         source = _on_hub(path) if folder is None else str(folder)
@@ -99,6 +113,9 @@ def transformers(
                 if head == "mean":
                     module = MeanPooled(module, info.outputs)
                     module.load_head(Path(source))
+                if head == "reader":
+                    module = Reader(Look(module, layer), info.outputs, detectors)
+                    module.load_head(Path(source))
     if tokenizer is not None:
         # Tokenizers and models are mixed freely: what the model cannot take is not handed to it.
         known = inspect.signature(forward).parameters
@@ -115,7 +132,28 @@ def transformers(
             else:
                 processor.save_pretrained(target)
 
-    return Built(module.eval(), processor, save)
+    module.eval()
+    if head == "reader":
+        built = Built(module.readout, processor, save, module.look.requires_grad_(False), cache)
+    else:
+        built = Built(module, processor, save)
+    _train(built.module, train)
+    return built
+
+
+def _train(module: nn.Module, patterns: tuple[str, ...] | None) -> None:
+    """Leaves to training what the patterns match."""
+    if patterns is None:
+        return
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UsageError(
+                f"transformers(train=...): the pattern {pattern!r} matches no parameter; the first "
+                f"are {', '.join(names[:3])}."
+            )
+    for name, value in module.named_parameters():
+        value.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def _library() -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 
 from fwdlearn.baselines import BaselineTrainer, is_baseline
 from fwdlearn.data import Data, DataInfo
+from fwdlearn.data.seen import seen
 from fwdlearn.engine import trainable
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
 from fwdlearn.local import local_rows
@@ -94,7 +95,11 @@ def load_parts(recipe: Recipe) -> tuple[Data, Built]:
         data = parts["data"]()
     built = load_model(recipe, data.info)
     with blaming(recipe, parts["data"]):
-        return data.prepared(built.processor), built
+        data = data.prepared(built.processor)
+    if built.prefix is None:
+        return data, built
+    with blaming(recipe, parts["model"]):
+        return seen(data, built.prefix, device_of(recipe), built.cache), built
 
 
 def load_model(recipe: Recipe, info: DataInfo) -> Built:

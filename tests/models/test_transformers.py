@@ -307,3 +307,26 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingError, match=r'not installed: pip install "fwdlearn\[hf\]"'):
         transformers(TEXT, tmp_path)
+
+
+@needs_minilm
+def test_train_leaves_the_rest_alone() -> None:
+    built = transformers(TEXT, MINILM, head="mean", train=("classifier.*", "*.layer.5.*.bias"))
+    trained = [name for name, value in built.module.named_parameters() if value.requires_grad]
+    assert "classifier.weight" in trained and len(trained) == 10
+    assert all("classifier" in name or "layer.5" in name for name in trained)
+
+
+@needs_minilm
+def test_a_pattern_that_matches_nothing() -> None:
+    with pytest.raises(UsageError, match="the pattern 'head' matches no parameter; the first are"):
+        transformers(TEXT, MINILM, train=("head",))
+
+
+@needs_minilm
+def test_a_reader_is_small_and_its_encoder_frozen() -> None:
+    built = transformers(TEXT, MINILM, head="reader", detectors=3)
+    assert built.prefix is not None and built.prefix.layer == 4
+    assert not any(value.requires_grad for value in built.prefix.parameters())
+    sizes = {name: tuple(value.shape) for name, value in built.module.named_parameters()}
+    assert sizes["detectors"] == (3, 384) and sizes["head.weight"] == (2, 7 * 384 + 3)
