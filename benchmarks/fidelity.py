@@ -39,6 +39,7 @@ from fwdlearn.keys import Key
 from fwdlearn.memory import keep_freed_pages
 from fwdlearn.models import Built, cnn, mlp, vit
 from fwdlearn.objectives import cross_entropy
+from fwdlearn.oracle import TimeOracle
 from fwdlearn.registry import entries, load
 
 ROWS, STEPS, WARM = 64, 200, 8
@@ -85,6 +86,9 @@ def work(model: str, trained: bool) -> Work:
 def estimators() -> Iterator[tuple[str, Estimator]]:
     """Label -> estimator."""
     for name, entry in entries("estimator").items():
+        if load(entry.target)().traits.needs is TimeOracle:
+            # Of recurrent networks: `benchmarks.recurrent`.
+            continue
         yield name, load(entry.target)()
         for other, settings in VARIANTS:
             if other == name:
