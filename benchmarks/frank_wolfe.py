@@ -51,7 +51,7 @@ class Method:
     """
 
     steps: int
-    estimator: Estimator | None = ProjectedForwardGradient()
+    estimator: Estimator | None = ProjectedForwardGradient(law="gaussian")
     averaging: str | None = "dimension"
     tangents: int = 1
     delay: float = 8.0
@@ -60,7 +60,7 @@ class Method:
 
 # With tangents of signs all entries tie for the vertex, and the plain method would always choose
 # the first: Gaussian ones are fair to it.
-SIGNS = ProjectedForwardGradient(law="rademacher")
+SIGNS = ProjectedForwardGradient()
 METHODS = {
     "exact": Method(1000, None, averaging=None, delay=2.0, seeds=(0,)),
     "plain": Method(20_000, averaging=None),

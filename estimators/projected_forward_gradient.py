@@ -14,7 +14,8 @@ It is unbiased. E |grad|^2 is (d + m + 1) / m |grad f|^2 for Gaussian tangents o
 entries, (d + m - 1) / m for those of signs: noise in proportion to the gradient, which a method
 whose steps do not shrink with the gradient, such as Frank-Wolfe, has to average away.
 
-Differs from the paper in: any number of tangents; rows with fewer than m use the first ones.
+Differs from the paper in: tangents of signs unless the law says otherwise, which add less noise;
+any number of tangents; rows with fewer than m use the first ones.
 
 Cost: a query, with its slope, for each (row, tangent) pair. No memory but that of a pass: no graph,
 and the tangents are drawn again for the update.
@@ -46,7 +47,7 @@ class ProjectedForwardGradient(Estimator):
     tangents of their own, `ForwardGradient` gets more out of the same queries.
 
     Args:
-        law: "gaussian" or "rademacher".
+        law: "rademacher", or "gaussian" as in the paper.
         rank: of the tangents of matrices (at least 1), or None for independent entries.
 
     Raises:
@@ -58,7 +59,7 @@ class ProjectedForwardGradient(Estimator):
         'gradient'
     """
 
-    law: str = "gaussian"
+    law: str = "rademacher"
     rank: int | None = None
 
     traits = Traits(SlopeOracle, "weights", "gradient", queries_per_direction=1)
