@@ -7,7 +7,7 @@ if __name__ == "estimators":
 
 from .activity_forward_gradient import ActivityForwardGradient
 from .approximate_likelihood_ratio import ApproximateLikelihoodRatio
-from .causal_node_perturbation import CausalNodePerturbation
+from .causal_node_perturbation import CausalNodePerturbation, PerturbationThroughTime
 from .forward_gradient import ForwardGradient
 from .likelihood_ratio import LikelihoodRatio
 from .node_perturbation import (
@@ -31,6 +31,7 @@ __all__ = [
     "IterativeNodePerturbation",
     "LikelihoodRatio",
     "NodePerturbation",
+    "PerturbationThroughTime",
     "ProjectedForwardGradient",
     "RandomPerturbation",
     "StepwiseActivityPerturbation",

@@ -28,6 +28,13 @@ sigma^2; many noisy passes a row; the layer that puts out what a step does gets 
 of that step's loss, where there is one, and no noise.
 
 Cost a step, n directions a row: n + 2 queries a row, n + 1 with a horizon.
+
+`PerturbationThroughTime` also has noise on the weights, z, which stands still for a sequence:
+
+    grad = 1/B sum_b 1/n_b sum_k  (L_b(theta + sigma z_bk) - L_b) / sigma  z_bk
+
+The squared error of either is the squared gradient times the numbers that a row's noise has: the
+weights, or the outputs of layers at all steps. It takes what has fewer.
 """
 
 from __future__ import annotations
@@ -35,17 +42,18 @@ from __future__ import annotations
 import math
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from fwdlearn.allocator import Plan
-from fwdlearn.directions import check_law
+from fwdlearn.directions import Directions, check_law
 from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate, Estimator, Traits
+from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 from fwdlearn.noise import NoiseSum, SiteNoise
 from fwdlearn.oracle import Moment, TimeOracle
@@ -116,23 +124,34 @@ class CausalNodePerturbation(Estimator):
         key: Key,
         plan: Plan,
     ) -> tuple[Estimate, Any]:
-        start = oracle.queries
         for name, why in oracle.step_left_out.items():
             raise UsageError(
                 f"CausalNodePerturbation has no gradient of {name}: {why}. Set its requires_grad "
                 "to False, or choose an estimator that perturbs weights."
             )
-        run = _Run(self, oracle, key, plan)
-        window = self._window
+        start = oracle.queries
+        run, window = _Run(self, oracle, key, plan), self._window
         run.until_finite(run.all_later if window is None else partial(run.some_later, window))
         grad = {name: run.grad[name].to(value.dtype) for name, value in params.items()}
-        change = torch.zeros_like(plan.weight)
-        change[run.kept] = run.change / self.sigma
-        clean = run.clean[plan.row].where(run.weight > 0, 0.0)
-        info = {"coef_abs": change.abs().mean(), "nonfinite": torch.tensor(run.nonfinite)}
-        rows = {"square_slope": plan.square_slopes(change, run.weight)}
-        loss = (run.weight * clean).sum()
-        return Estimate(grad, loss, oracle.queries - start, info, rows), state
+        return run.estimate(grad, oracle.queries - start), state
+
+    def on_weights(
+        self,
+        oracle: TimeOracle,
+        params: Mapping[str, Tensor],
+        own: Mapping[str, Tensor],
+        key: Key,
+        plan: Plan,
+    ) -> Estimate:
+        """The estimate by noise on the parameters `own`, those beside the readout's."""
+        start, run = oracle.queries, _Run(self, oracle, key, plan)
+        family = Directions(key, own, plan.directions, self.law)
+        run.until_finite(partial(run.still, family))
+        slopes = plan.weight.new_zeros(plan.directions)
+        slopes.index_add_(0, run.number, run.weight[run.kept] * run.change / self.sigma)
+        moved = DirectionGradient(family, slopes)
+        grad = {name: run.grad[name].to(v.dtype) for name, v in params.items() if name not in own}
+        return run.estimate(ChainMap(grad, moved), oracle.queries - start)  # type: ignore[arg-type]
 
     @classmethod
     def examples(cls) -> list[Self]:
@@ -142,6 +161,85 @@ class CausalNodePerturbation(Estimator):
             cls(0.1, horizon=3, discount=0.9),
             cls(discount=0.5),
         ]
+
+
+@dataclass(frozen=True)
+class PerturbationThroughTime(Estimator):
+    """Noise in layers or on weights, whichever has fewer numbers; the exact readout in both cases.
+
+    The log says which, `estimator.on_weights`, and why, `estimator.weight_numbers` and
+    `estimator.layer_numbers`. Noise on weights that rows share counts once for each of them.
+
+    Args:
+        sigma: size of the noise, positive.
+        law: "rademacher" or "gaussian".
+        noise: in "layers", as `CausalNodePerturbation`; on "weights"; or "auto". What "auto" saves
+            on weights in clean passes goes into a direction more for each row.
+
+    Raises:
+        ValueError: a setting is out of range.
+        UsageError: a parameter feeds no layer's output.
+
+    Example:
+        >>> PerturbationThroughTime().traits.queries_per_row
+        2
+    """
+
+    sigma: float = 1e-3
+    law: str = "rademacher"
+    noise: Literal["auto", "layers", "weights"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma < math.inf:
+            raise ValueError(
+                f"PerturbationThroughTime(sigma=...) must be positive, got {self.sigma!r}."
+            )
+        if self.noise not in ("auto", "layers", "weights"):
+            raise ValueError(
+                "PerturbationThroughTime(noise=...) must be 'auto', 'layers' or 'weights', got "
+                f"{self.noise!r}."
+            )
+        check_law("PerturbationThroughTime", self.law, None)
+
+    @property
+    def traits(self) -> Traits:  # type: ignore[override]
+        own = 1 if self.noise == "weights" else 2
+        return Traits(
+            TimeOracle, "weights" if self.noise == "weights" else "activations", "smoothed", 1, own
+        )
+
+    def estimate(
+        self,
+        oracle: TimeOracle,  # type: ignore[override]
+        params: Mapping[str, Tensor],
+        state: Any,
+        *,
+        key: Key,
+        plan: Plan,
+    ) -> tuple[Estimate, Any]:
+        sites, head = oracle.step_sites, oracle.step_head()
+        fed = {name for site in sites if site != head for name in sites[site].params}
+        exact = set() if head is None else {*sites[head].params} - fed - {*oracle.step_left_out}
+        own = {name: value for name, value in params.items() if name not in exact}
+        weights = sum(value.numel() for value in own.values()) * min(plan.sharing, plan.rows)
+        layers = oracle.length() * sum(
+            math.prod(site.shape) for name, site in sites.items() if name != head
+        )
+        on_weights = self.noise == "weights" or (self.noise == "auto" and weights < layers)
+        inner = CausalNodePerturbation(self.sigma, self.law)
+        if on_weights:
+            if self.noise == "auto":
+                plan = Plan(plan.counts + (plan.counts > 0), plan.sharing, plan.row_weight)
+            made = inner.on_weights(oracle, params, own, key, plan)
+        else:
+            made, _ = inner.estimate(oracle, params, None, key=key, plan=plan)
+        told = {"on_weights": on_weights, "weight_numbers": weights, "layer_numbers": layers}
+        info = {**made.info, **{name: torch.tensor(float(value)) for name, value in told.items()}}
+        return replace(made, info=info), state
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(0.3, noise="layers", law="gaussian"), cls(0.1, noise="weights")]
 
 
 class _Run:
@@ -209,6 +307,24 @@ class _Run:
         for moment in waiting:
             self.settle(moment, credit)
 
+    def still(self, family: Directions) -> None:
+        """Noise on weights that stands still for a sequence: its whole loss counts."""
+        sigma = self.estimator.sigma
+        losses = self.oracle.losses(self.row, family, self.number, sigma).double()
+        for moment in self.moments(self.row[:0], self.number[:0]):
+            self.gather(moment, self.exact(moment))
+            self.clean += moment.clean.double()
+        self.change = losses - self.clean[self.row]
+
+    def estimate(self, grad: Mapping[str, Tensor], queries: int) -> Estimate:
+        """What has been found, around a gradient."""
+        plan, change = self.plan, torch.zeros_like(self.plan.weight)
+        change[self.kept] = self.change / self.estimator.sigma
+        clean = self.clean[plan.row].where(self.weight > 0, 0.0)
+        info = {"coef_abs": change.abs().mean(), "nonfinite": torch.tensor(self.nonfinite)}
+        rows = {"square_slope": plan.square_slopes(change, self.weight)}
+        return Estimate(grad, (self.weight * clean).sum(), queries, info, rows)
+
     def moments(self, row: Tensor, number: Tensor) -> Iterator[Moment]:
         return self.oracle.moments(row, self.noise, number, self.estimator.sigma)
 
@@ -247,7 +363,11 @@ class _Run:
         credit = self.weight[self.kept] * change / self.estimator.sigma
         noise = self.noise(moment.step)
         sums = NoiseSum(noise, self.row, self.number, credit, self.plan.rows)
-        for name, value in moment.gather(ChainMap(exact, sums)).items():  # type: ignore[arg-type]
+        self.gather(moment, ChainMap(exact, sums))  # type: ignore[arg-type]
+
+    def gather(self, moment: Moment, cotangents: Mapping[str, Tensor]) -> None:
+        """Adds the products of a step's layers."""
+        for name, value in moment.gather(cotangents).items():
             if name in self.grad:
                 self.grad[name] += value
             else:

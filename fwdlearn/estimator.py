@@ -48,6 +48,10 @@ class Traits:
         return self.queries_per_direction * pairs + per_row * rows
 
 
+RESERVED = ("variance", "coef_abs", "nonfinite", "tangents")
+"""Names in `Estimate.info` that mean the same whoever gives them."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """An estimated gradient.
@@ -56,10 +60,11 @@ class Estimate:
         grad: parameter name -> tensor of its shape; may be built one tensor at a time.
         loss: scalar, with the same weighting over rows as `grad`.
         queries: read off the oracle.
-        info: flat scalars. Reserved: `variance` (estimate of the trace of the covariance of
-            `grad`), `coef_abs` (mean size of the loss differences over sigma, or of the slopes),
-            `nonfinite` (queries dropped because their loss was not finite), `tangents` (directions
-            that `grad` is the mean of, where they are not those of the plan).
+        info: flat scalars; those beside the reserved ones go to the log. Reserved: `variance`
+            (estimate of the trace of the covariance of `grad`), `coef_abs` (mean size of the loss
+            differences over sigma, or of the slopes), `nonfinite` (queries dropped because their
+            loss was not finite), `tangents` (directions that `grad` is the mean of, where they are
+            not those of the plan).
         rows: per-row figures, float64 [rows], nan where a row has none. Reserved: `square_slope`
             (estimate of the mean squared slope of the row's loss along a direction, so of its
             squared gradient).

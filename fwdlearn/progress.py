@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fwdlearn.estimator import Estimate
+from fwdlearn.estimator import RESERVED, Estimate
 from fwdlearn.steps import Carried
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Window:
     queries: int = 0
     nonfinite: int = 0
     seconds: float = 0.0
+    told: dict[str, float] = field(default_factory=dict)
 
     def add(self, estimate: Estimate, square_norm: float, seconds: float) -> None:
         info = estimate.info
@@ -36,6 +37,7 @@ class Window:
         self.queries += estimate.queries
         self.nonfinite += int(info.get("nonfinite", 0))
         self.seconds += seconds
+        self.told = {name: float(info[name]) for name in info if name not in RESERVED}
 
     def record(self) -> dict[str, Any]:
         return {
@@ -45,6 +47,8 @@ class Window:
             "snr": (self.square_norm - self.variance) / self.variance if self.variance else None,
             "queries_per_second": self.queries / self.seconds if self.seconds else None,
             "nonfinite": self.nonfinite,
+            # What else the estimator has to say of the last step.
+            **{f"estimator.{name}": value for name, value in self.told.items()},
         }
 
 

@@ -56,6 +56,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "IterativeNodePerturbation": "fwdlearn.estimators:IterativeNodePerturbation",
         "CausalNodePerturbation": "fwdlearn.estimators:CausalNodePerturbation",
         "RTRL": "fwdlearn.estimators:RTRL",
+        "PerturbationThroughTime": "fwdlearn.estimators:PerturbationThroughTime",
         "StepwiseActivityPerturbation": "fwdlearn.estimators:StepwiseActivityPerturbation",
         "StepwiseWeightPerturbation": "fwdlearn.estimators:StepwiseWeightPerturbation",
         "RandomPerturbation": "fwdlearn.estimators:RandomPerturbation",

@@ -118,7 +118,9 @@ class Moments:
         starts: list[Pass | None] = [None, None]
         if before is None:
             calm, starts[0] = self._begun(head, sequences.rows)
-            noisy, starts[1] = self._begun(head, len(row))
+            noisy = {}
+            if len(row):
+                noisy, starts[1] = self._begun(head, len(row))
         else:
             calm, noisy = before, {name: value[row] for name, value in before.items()}
         for step in range(sequences.steps):

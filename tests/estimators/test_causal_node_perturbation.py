@@ -14,7 +14,12 @@ from fwdlearn.batch import Batch
 from fwdlearn.engine.through_time import TimeEngine
 from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate, Estimator
-from fwdlearn.estimators import SPSA, CausalNodePerturbation, ForwardGradient
+from fwdlearn.estimators import (
+    SPSA,
+    CausalNodePerturbation,
+    ForwardGradient,
+    PerturbationThroughTime,
+)
 from fwdlearn.keys import Key
 from fwdlearn.models.recurrent import Recurrent
 from fwdlearn.noise import SiteNoise
@@ -177,3 +182,36 @@ def test_errors_say_what_to_do() -> None:
     for settings in ({"sigma": 0}, {"horizon": -1}, {"discount": 0}, {"discount": 1.5}):
         with pytest.raises(ValueError, match="CausalNodePerturbation"):
             CausalNodePerturbation(**settings)  # type: ignore[arg-type]
+
+
+def test_noise_goes_where_it_has_fewer_numbers() -> None:
+    """Weights: 4 units have 32 of them. Outputs: of two layers of 4 units, at every step."""
+    for steps, sharing, on_weights in ((3, 1, False), (4, 1, False), (5, 1, True), (5, 2, False)):
+        made = oracle(rows=2, steps=steps, units=4)
+        plan = Plan(torch.tensor([2, 3]), sharing)
+        found = ask(PerturbationThroughTime(), made, plan)
+        told = {name: float(value) for name, value in found.info.items()}
+        assert told["on_weights"] == on_weights
+        assert (told["weight_numbers"], told["layer_numbers"]) == (32 * sharing, 8 * steps)
+        assert found.queries == PerturbationThroughTime().traits.queries(plan)
+        kind = "weights" if on_weights else "layers"
+        counts = plan.counts + int(on_weights)
+        same = ask(PerturbationThroughTime(noise=kind), made, Plan(counts, sharing))
+        for name in made.params:
+            assert torch.equal(found.grad[name], same.grad[name])
+
+
+def test_noise_on_weights_leaves_the_readout_exact() -> None:
+    made = oracle(steps=8, units=5)
+    wanted, plan = exact(made), Plan.uniform(1, 20_000)
+    found = ask(PerturbationThroughTime(noise="weights"), made, plan).grad
+    torch.testing.assert_close(found["head.weight"], wanted["head.weight"])
+    names = ["cells.0.input.weight", "cells.0.recurrent.weight"]
+    assert cosine(found, wanted, names) >= 0.99
+
+
+def test_what_no_layer_feeds_can_have_noise_itself() -> None:
+    made = StepOracle(TimeEngine(built(MODELS["learned"]), mean_squared_error), sequences())
+    found = ask(PerturbationThroughTime(noise="weights"), made, Plan.uniform(4, 500)).grad
+    wanted = exact(made)
+    assert cosine(found, wanted, list(wanted)) > 0.95
