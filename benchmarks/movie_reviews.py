@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from fwdlearn.batch import Batch
 from fwdlearn.data import Data, DataInfo
 from fwdlearn.engine import trainable
 from fwdlearn.estimator import Estimator
-from fwdlearn.estimators import ForwardGradient, LikelihoodRatio
+from fwdlearn.estimators import LikelihoodRatio
 from fwdlearn.keys import Key
+from fwdlearn.models.pooled import MeanPooled
 from fwdlearn.models.readout import Look, Reader, Readout
 from fwdlearn.objectives import cross_entropy
 from fwdlearn.oracle import forbid_backward
@@ -233,7 +235,9 @@ class Bench:
 
     def __init__(self, carry: Path, device: str, out: Path, limit: float, tiny: bool) -> None:
         self.carry, self.device, self.out, self.tiny = carry, device, out, tiny
-        self.until, self.results = time.monotonic() + limit, []
+        self.until = time.monotonic() + limit
+        self.results: list[dict[str, Any]] = []
+        self.last: Tensor | None = None
         self.rows = splits(carry, device)
         if tiny:
             self.rows = {k: v.part(torch.arange(64)) for k, v in self.rows.items()}
@@ -349,12 +353,23 @@ class Bench:
             entry |= {f"mean.{key}": value for key, value in self.scores(model).items()}
         self.keep(entry)
 
-    def in_place(self, lr: float, seed: int, steps: int, rows: int, sigma: float = 1e-3) -> None:
-        """MeZO: every weight, one shared normal direction a step, replayed from its seed."""
-        model = self.model(seed)
+    def in_place(
+        self, lr: float, seed: int, steps: int, rows: int, start: str, sigma: float = 1e-3
+    ) -> None:
+        """MeZO: every weight, one shared normal direction a step, replayed from its seed.
+
+        Args:
+            start: of the classifier on the mean of the last layer: "fresh", or "probe": what
+                logistic regression finds.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = MeanPooled(encoder(self.carry), 2).to(self.device)
+        if start == "probe":
+            self.probed(model.classifier)
         weights = list(model.parameters())
         steps, rows = (2, 8) if self.tiny else (steps, rows)
-        data, begun, total = self.rows["train"], time.monotonic(), 0.0
+        data, begun, curve = self.rows["train"], time.monotonic(), []
 
         def sweep(number: int, scale: float) -> None:
             generator = torch.Generator(self.device).manual_seed(number)
@@ -362,32 +377,59 @@ class Bench:
                 drawn = torch.empty_like(value).normal_(generator=generator)
                 value.add_(drawn, alpha=scale)
 
+        def note(step: int) -> None:
+            curve.append({"queries": 2 * step * rows, **self.scores(model)})
+
         with forbid_backward(), torch.no_grad():
+            note(0)
             for step, index in enumerate(_batches(len(data), rows, steps, seed)):
-                batch, number = data.batch(index), 1000003 * seed + step
                 if step % 100 == 0 and time.monotonic() > self.until + 20:
                     return print(f"in place {lr}: out of time at step {step}", flush=True)
+                batch, number = data.batch(index), 1000003 * seed + step
                 sweep(number, sigma)
                 up = cross_entropy(model(**batch.kwargs), batch.targets).mean()
                 sweep(number, -2 * sigma)
                 down = cross_entropy(model(**batch.kwargs), batch.targets).mean()
                 sweep(number, sigma)
                 sweep(number, -lr * float(up - down) / (2 * sigma))
-                total = float(up + down) / 2
+                if (step + 1) * 8 % steps < 8:
+                    note(step + 1)
         self.keep(
             {
                 "name": "in place",
                 "part": "every weight",
+                "start": start,
                 "seed": seed,
                 "lr": lr,
                 "steps": steps,
                 "rows": rows,
                 "queries": 2 * steps * rows,
                 "seconds": time.monotonic() - begun,
-                "train.loss": total,
+                "curve": curve,
                 **self.scores(model),
             }
         )
+
+    def probed(self, linear: nn.Linear) -> None:
+        """Logistic regression on the mean of the last layer, by its explicit gradient."""
+        if self.last is None:
+            look = self.look()
+            self.last = Seen(look, self.rows["train"]).means[:, -linear.in_features :]
+            self.center = look.mean_center[-linear.in_features :]
+            self.spread = look.mean_spread[-linear.in_features :]
+        x, targets = self.last, self.rows["train"].targets
+        weight = torch.zeros_like(linear.weight)
+        bias = torch.zeros_like(linear.bias)
+        truth = nn.functional.one_hot(targets, linear.out_features).float()
+        optimizer = torch.optim.Adam([weight, bias], lr=1e-2)
+        with torch.no_grad():
+            for _ in range(400):
+                error = (x @ weight.T + bias).softmax(1) - truth
+                weight.grad = error.T @ x / len(x) + 0.1 * weight
+                bias.grad = error.mean(0)
+                optimizer.step()
+            linear.weight.copy_(weight / self.spread)
+            linear.bias.copy_(bias - (weight / self.spread) @ self.center)
 
 
 class Clock:
@@ -544,7 +586,6 @@ REACH = {
     "lora 4 1-6": 3e-4,
     "none": 0.0,
 }
-SMALL = 2000
 
 
 def parts(bench: Bench) -> None:
@@ -559,39 +600,29 @@ def parts(bench: Bench) -> None:
 
 
 def tune(bench: Bench) -> None:
-    """Forward-only at equal queries, every method from the same warm reader."""
-    found = json.loads(bench.out.with_name("parts.json").read_text("utf-8"))
-    usual = {"part": "cores 8 3-4", "lr": REACH["cores 8 3-4"], "mean.dev.loss": 0.0}
-    small = [one for one in found if 0 < one["trained"] <= SMALL] or [usual]
-    best = min(small, key=lambda one: one["mean.dev.loss"])
-    part_, rate = best["part"], best["lr"]
-    hybrid = LikelihoodRatio(noise="hybrid", weights=("*.core",))
-    rows = {"rows": 256, "steps": 120}
+    """Every weight, forward-only at equal queries: the published recipe, and noise at layers."""
 
-    def slopes(seed: int, lr: float) -> None:
-        bench.run(
-            "slopes", part_, ForwardGradient(), lr=lr, seed=seed, directions=8, reader=None, **rows
-        )
-
-    def mixed(seed: int, lr: float) -> None:
-        bench.run("hybrid", part_, hybrid, lr=lr, seed=seed, directions=4, **rows)
+    def in_place(start: str, seed: int, lr: float) -> None:
+        bench.in_place(lr, seed, steps=1000, rows=128, start=start)
 
     def noise(seed: int, lr: float) -> None:
         bench.run(
-            "layer noise", "weights 4", LikelihoodRatio(), lr=lr, seed=seed, directions=7, **rows
+            "layer noise",
+            "weights 4",
+            LikelihoodRatio(),
+            lr=lr,
+            seed=seed,
+            steps=125,
+            rows=256,
+            directions=7,
         )
 
-    def in_place(seed: int, lr: float) -> None:
-        bench.in_place(lr, seed, steps=1920, rows=64)
-
     plans: dict[str, tuple[Callable[[int, float], None], tuple[float, ...]]] = {
-        "slopes": (slopes, (rate, rate / 3)),
-        "hybrid": (mixed, (rate, rate / 3)),
+        "probe": (partial(in_place, "probe"), (1e-6, 1e-5, 1e-7)),
         "layer noise": (noise, (1e-4, 3e-5)),
-        "in place": (in_place, (1e-5, 1e-6)),
+        "fresh": (partial(in_place, "fresh"), (1e-6, 1e-5)),
     }
-    chosen = {}
-    for name, (go, rates) in plans.items():
+    for go, rates in plans.values():
         scores = []
         for lr in rates:
             if bench.late():
@@ -600,14 +631,12 @@ def tune(bench: Bench) -> None:
             go(0, lr)
             if len(bench.results) == before:
                 return
-            last = bench.results[-1]
-            scores.append((last.get("mean.dev.loss", last["dev.loss"]), lr))
-        chosen[name] = min(scores)[1]
-    for seed in (1, 2):
-        for name, (go, _) in plans.items():
+            loss = bench.results[-1]["dev.loss"]
+            scores.append((loss if loss == loss else float("inf"), lr))
+        for seed in (1, 2):
             if bench.late():
                 return
-            go(seed, chosen[name])
+            go(seed, min(scores)[1])
 
 
 def main() -> None:
