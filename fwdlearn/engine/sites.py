@@ -49,7 +49,7 @@ class Part:
     output: Any
     losses: Tensor
     kept: list[Local]
-    squares: dict[str, tuple[Tensor, int]]
+    squares: dict[str, tuple[Tensor, Tensor]]
     last: tuple[str, Tensor, Any] | None
     outputs: dict[str, Tensor]
 
@@ -76,7 +76,7 @@ class Clean:
         found = {}
         for site in self.parts[0].squares:
             sums, counts = zip(*(part.squares[site] for part in self.parts), strict=True)
-            found[site] = (torch.stack(sums).sum() / sum(counts)).sqrt()
+            found[site] = (torch.stack(sums).sum() / torch.stack(counts).sum()).sqrt()
         return found
 
     @cached_property
@@ -253,14 +253,16 @@ class Activations:
         self, batch: Batch, start: int, row: Tensor, dropout: Key | None, outputs: bool
     ) -> Part:
         kept: list[Local] = []
-        squares: dict[str, tuple[Tensor, int]] = {}
+        squares: dict[str, tuple[Tensor, Tensor]] = {}
         seen: dict[str, Tensor] = {}
 
         def take(local: Local, out: Tensor) -> None:
             kept.append(local)
             wide = torch.promote_types(out.dtype, torch.float32)
-            norm = torch.linalg.vector_norm(out, dtype=wide)
-            squares[local.site] = (norm.square(), out.numel())
+            # A mask that the model has added to the output is no part of its size.
+            masked = out <= torch.finfo(out.dtype).min / 2
+            norm = torch.linalg.vector_norm(out.masked_fill(masked, 0), dtype=wide)
+            squares[local.site] = (norm.square(), out.numel() - masked.sum())
             if outputs:
                 # A copy, because the model may overwrite its own.
                 seen[local.site] = out.to(wide, copy=True)
