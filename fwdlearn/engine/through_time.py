@@ -1,5 +1,8 @@
 """Perturbed passes step by step: memory for one step, however long the sequence.
 
+Losses of sequences that are short enough to take no more memory than that come from passes over the
+whole, which are faster.
+
 The fold and the dual are those of any other model. They see one step's uses of the parameters over
 and over, and the state takes each query's own perturbation, or its tangents, from step to step:
 what comes out is the loss of a sequence under one perturbation that stands still, or its exact
@@ -40,6 +43,8 @@ from fwdlearn.steps import Memory, Sequences, State
 
 # The widest activation of a pass, with its tangents: what keeps products at full speed.
 _WIDEST_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+# A sequence of which a pass takes so many rows at once runs whole: one product serves all inputs.
+_WHOLE_ROWS = 64
 # Largest difference from the reference, relative to the change that the perturbation makes.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
 # Of slopes, from differences of losses.
@@ -199,6 +204,8 @@ class TimeEngine:
             return found
         choice = self.choice or self.choose(batch, dropout)
         scale = torch.as_tensor(scale, dtype=torch.float64, device=row.device).expand(len(row))
+        if choice.rung == "fold" and memory is None and self._is_short(batch, sequences, dropout):
+            return self._whole.losses(batch, row, directions, direction, scale, dropout)
         queries = Queries(batch, row, directions, direction, scale, dropout)
         if choice.rung == "fold":
             return self._fold(sequences, queries, memory)
@@ -267,6 +274,13 @@ class TimeEngine:
     @property
     def device(self) -> torch.device:
         return next(iter(self.params.values())).device
+
+    def _is_short(self, batch: Batch, sequences: Sequences, dropout: Key | None) -> bool:
+        """Whether sequences run whole: in the memory that a step may take, and folded too."""
+        if self.size(sequences.steps) < _WHOLE_ROWS:
+            return False
+        whole = self._whole
+        return (whole.choice or whole.choose(batch, dropout)).rung == "fold"
 
     def _dropout(self, dropout: Key | None) -> Key | None:
         return dropout if self.model.training else None

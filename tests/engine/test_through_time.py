@@ -142,7 +142,8 @@ def test_settings_out_of_range_are_refused() -> None:
 @pytest.mark.parametrize("what", ["losses", "slopes", "moments"])
 def test_memory_is_that_of_one_step(what: str) -> None:
     """Beside the batch itself: as many live bytes at 60 steps as at 20."""
-    engine = TimeEngine(built(cell("elman", 8)), mean_squared_error)
+    # Little enough that sequences of 20 do not run whole.
+    engine = TimeEngine(built(cell("elman", 8)), mean_squared_error, memory_budget=2**14)
 
     def peak(steps: int) -> int:
         batch = Batch((numbers("x", 4, steps, 2),), numbers("y", 4, steps, 2))
@@ -165,6 +166,18 @@ def test_memory_is_that_of_one_step(what: str) -> None:
     # The losses of which steps count, and what they count, are a number a row and step.
     allowed = 40 * 4 * 16
     assert peak(60) - peak(20) < allowed
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_short_sequences_run_whole_to_the_same_losses(name: str) -> None:
+    model, batch = built(MODELS[name]), sequences()
+    answers = []
+    for budget in (None, 1):
+        engine = TimeEngine(model, mean_squared_error, memory_budget=budget)
+        answers.append(engine.losses(batch, ROW, family(engine), NUMBER, 0.1))
+        # What has not run whole has not been looked at as a whole.
+        assert ("_whole" in vars(engine)) == (budget is None)
+    torch.testing.assert_close(*answers)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "learned"])
