@@ -16,9 +16,11 @@ from fwdlearn.testing.oracles import (
     Asked,
     FunctionOracle,
     SlopeFunctionOracle,
+    TimeFunctionOracle,
     activation_oracle,
     loss_oracle,
     slope_oracle,
+    time_oracle,
 )
 from fwdlearn.testing.problems import MLP, Linear, Logistic, Problem, Quadratic
 from fwdlearn.testing.report import Figure, Report, Result
@@ -36,6 +38,7 @@ __all__ = [
     "Report",
     "Result",
     "SlopeFunctionOracle",
+    "TimeFunctionOracle",
     "activation_oracle",
     "check",
     "check_allocator",
@@ -43,4 +46,5 @@ __all__ = [
     "loss_oracle",
     "parametrize_with_checks",
     "slope_oracle",
+    "time_oracle",
 ]

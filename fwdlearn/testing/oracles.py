@@ -268,5 +268,10 @@ def activation_oracle(problem: Problem) -> ActivationFunctionOracle:
     return ActivationFunctionOracle(problem.losses, _copy(problem), problem.rows)
 
 
+def time_oracle(problem: Problem) -> TimeFunctionOracle:
+    """A TimeOracle over a problem, on its own copy of the parameters."""
+    return TimeFunctionOracle(problem.losses, _copy(problem), problem.rows)
+
+
 def _copy(problem: Problem) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in problem.params.items()}

@@ -17,13 +17,14 @@ import fwdlearn.estimators
 from fwdlearn.allocator import Plan
 from fwdlearn.estimator import Estimator
 from fwdlearn.keys import Key
-from fwdlearn.oracle import ActivationOracle, LossOracle, SlopeOracle
-from fwdlearn.testing import MLP, activation_oracle, loss_oracle, slope_oracle
+from fwdlearn.oracle import ActivationOracle, LossOracle, SlopeOracle, TimeOracle
+from fwdlearn.testing import MLP, activation_oracle, loss_oracle, slope_oracle, time_oracle
 
 ORACLES: dict[type, Any] = {
     LossOracle: loss_oracle,
     SlopeOracle: slope_oracle,
     ActivationOracle: activation_oracle,
+    TimeOracle: time_oracle,
 }
 INSTANCES: list[Estimator] = [
     instance
