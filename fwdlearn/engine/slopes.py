@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from fwdlearn.engine.queries import Queries, masks
 from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
 from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SLOPE_RUNGS = ("dual", "jvp")
 
@@ -46,6 +50,25 @@ _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torc
 
 # Of the steps of differences: small ones for kinks, large ones for rounding.
 _SIZES = (1e-4, 1e-3, 1e-5, 1e-2, 3e-3, 3e-2, 1e-6, 1e-1)
+
+
+@cache
+def _derivatives_in_inference() -> bool:
+    one = torch.ones(())
+    with torch.inference_mode():
+        return bool(torch.func.jvp(torch.exp, (one,), (one,))[1])
+
+
+def _derivable(method: Callable[P, T]) -> Callable[P, T]:
+    """Out of inference mode where torch, before 2.12, has no forward derivative but zero in it."""
+
+    @wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        leave = torch.is_inference_mode_enabled() and not _derivatives_in_inference()
+        with torch.inference_mode(False) if leave else nullcontext(), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
 
 
 class Slopes:
@@ -87,9 +110,7 @@ class Slopes:
         # Whether the loss of a row depends on the rows beside it.
         self._mixing = sequential.mixes_rows(model)
 
-    # Before torch 2.12, forward derivatives are silently zero in inference mode.
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @_derivable
     def __call__(
         self,
         batch: Batch,
@@ -130,8 +151,7 @@ class Slopes:
         except JvpError as error:
             raise UsageError(_refused(self.model, [f"jvp: {error}"])) from error
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @_derivable
     def choose(
         self, batch: Batch, dropout: Key | None = None, failed: Sequence[str] = ()
     ) -> Choice:
