@@ -256,6 +256,21 @@ def start(data: Data, seed: int) -> nn.Module:
     return model
 
 
+class Curve:
+    """A sink that keeps the training loss of every epoch."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def start(self, meta: Mapping[str, Any]) -> None: ...
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        if "train.loss" in record:
+            self.losses.append(record["train.loss"])
+
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+
 def tuned(job: tuple[str, int, int]) -> dict[str, Any]:
     """One run of fine-tuning: rule, directions, seed."""
     torch.set_num_threads(1)
@@ -264,6 +279,7 @@ def tuned(job: tuple[str, int, int]) -> dict[str, Any]:
     model = start(data, seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
     rule = rules(directions).get(label.removeprefix("backprop, "), Uniform(directions))
+    curve, epoch = Curve(), len(data.train) // ROWS
     trainer = Trainer(
         model,
         data,
@@ -272,13 +288,16 @@ def tuned(job: tuple[str, int, int]) -> dict[str, Any]:
         rule,
         optimizer,
         batch_size=ROWS,
-        steps=10 * (len(data.train) // ROWS),
+        steps=10 * epoch,
         seed=seed,
+        log_every=epoch,
+        sinks=[curve],
     )
     before = trainer.evaluate()["accuracy"]
     spent = 0
     if label.startswith("backprop"):
-        _backprop(trainer, rule)
+        losses = _backprop(trainer, rule)
+        curve.losses = [mean(losses[n : n + epoch]) for n in range(0, len(losses), epoch)]
     else:
         spent = trainer.train()["queries"]
     after, fitted = trainer.evaluate(), trainer.evaluate(data.train)
@@ -290,16 +309,22 @@ def tuned(job: tuple[str, int, int]) -> dict[str, Any]:
         "queries": spent,
         "train_loss": fitted["loss"],
         "accuracy": after["accuracy"],
+        "curve": curve.losses,
     }
 
 
-def _backprop(trainer: Trainer, rule: Allocator) -> None:
-    """True gradients on the same batches, with the row weights of the rule's plans."""
-    state = rule.init()
+def _backprop(trainer: Trainer, rule: Allocator) -> list[float]:
+    """True gradients on the same batches, with the row weights of the rule's plans.
+
+    Returns:
+        The mean loss of each step's rows.
+    """
+    state, seen = rule.init(), []
     for step in range(trainer.steps or 0):
         batch = trainer.batch(step)
         losses = cross_entropy(trainer.model(*batch.args), batch.targets)
         signals = {"loss": losses.detach()}
+        seen.append(float(losses.mean()))
         plan, state = rule.allocate(
             len(batch), signals, state, key=Key.root(trainer.seed).fold(step)
         )
@@ -313,6 +338,7 @@ def _backprop(trainer: Trainer, rule: Allocator) -> None:
         trainer.optimizer.step()
         if trainer.schedule is not None:
             trainer.schedule.step()
+    return seen
 
 
 def seconds() -> list[dict[str, Any]]:
@@ -391,6 +417,37 @@ def show_tuning(results: list[dict[str, Any]]) -> None:
     print(f"start: {mean(r['start'] for r in results):.3f} of the test rows")
 
 
+def plot(results: Mapping[str, Any]) -> None:
+    """Errors along the run, and losses along the fine-tuning."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    first = next(iter(ESTIMATORS))
+    mine = [r for r in results["variance"] if r["estimator"] == first]
+    for rule in dict.fromkeys(r["rule"] for r in mine):
+        line = [(r["steps"], r["of_uniform"]) for r in mine if r["rule"] == rule]
+        left.plot(*zip(*line, strict=True), "o-", label=rule)
+    best = {r["steps"]: r["best"] for r in mine}
+    left.plot(list(best), list(best.values()), "k--", label="best")
+    left.set_xscale("symlog", linthresh=100)
+    left.set(yscale="log", xlabel="steps of training", ylabel="squared error over uniform's")
+    by: dict[tuple[str, int], list[list[float]]] = {}
+    for r in results["tuning"]:
+        by.setdefault((r["rule"], r["directions"]), []).append(r["curve"])
+    for (rule, directions), curves in by.items():
+        means = [mean(values) for values in zip(*curves, strict=True)]
+        epochs = range(1, len(means) + 1)
+        right.plot(epochs, means, label=rule if "backprop" in rule else f"{rule}, {directions}")
+    right.set(yscale="log", xlabel="epochs of fine-tuning", ylabel="training loss, mean of 6 seeds")
+    for panel in (left, right):
+        panel.legend(fontsize=7)
+    figure.savefig(RECORD / "allocation.png", dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.allocation")
     parser.add_argument("parts", nargs="*", help="variance, tuning, seconds")
@@ -417,6 +474,8 @@ def main() -> None:
             print(f"{r['model']:24}{r['estimator']:24}{1e3 * r['uniform']:8.2f} ms uniform", end="")
             print(f"{1e3 * r['residual']:8.2f} ms residual{r['residual'] / r['uniform']:8.3f}")
     write(path, results)
+    if "variance" in results and all("curve" in r for r in results.get("tuning", [])):
+        plot(results)
 
 
 if __name__ == "__main__":
