@@ -25,6 +25,7 @@ from fwdlearn.engine.visits import Gathering, Local, Noisy, Survey, Visitor
 from fwdlearn.errors import UsageError
 from fwdlearn.keys import Key
 from fwdlearn.noise import Noise, Output, SiteNoise
+from fwdlearn.objectives import at_step
 from fwdlearn.steps import Sequences, State
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class Moments:
         starts: list[Pass | None] = [None, None]
         if before is None:
             calm, starts[0] = self._begun(head, sequences.rows)
-            noisy = {}
+            noisy: State = {}
             if len(row):
                 noisy, starts[1] = self._begun(head, len(row))
         else:
@@ -279,8 +280,16 @@ class Moments:
         _, noisy = self._stepped(adding, x, state)
         if not all(torch.equal(calm[name], noisy[name]) for name in calm):
             return None
-        step = next(number for number in range(sequences.steps) if sequences.counts(number))
-        return site if _slopes(partial(sequences.loss, step, index), output).any() else None
+        step = next((n for n in range(sequences.steps) if sequences.counts(n)), None)
+        losses: Callable[[Tensor], Tensor | None]
+        if step is None:
+            # A piece of a sequence of which nothing counts: any target shows a derivative.
+            any_target = torch.zeros_like(sequences.target(0)[index])
+            ones = torch.ones(rows, device=x.device)
+            losses = partial(at_step, sequences.objective, targets=any_target, weights=ones)
+        else:
+            losses = partial(sequences.loss, step, index)
+        return site if _slopes(losses, output).any() else None
 
 
 def _slopes(losses: Callable[[Tensor], Tensor | None], output: Tensor) -> Tensor:

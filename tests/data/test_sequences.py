@@ -24,7 +24,7 @@ from fwdlearn.data import (
 )
 from fwdlearn.data.mackey_glass import _series as _series_of
 from fwdlearn.errors import MissingError, UsageError
-from fwdlearn.estimators import RandomPerturbation
+from fwdlearn.estimators import CausalNodePerturbation, RandomPerturbation
 from fwdlearn.keys import Key
 from fwdlearn.models import recurrent
 from fwdlearn.objectives import cross_entropy, mean_squared_error
@@ -233,3 +233,14 @@ def _text(folder: Path, text: str) -> Path:
     path = folder / "t.txt"
     path.write_text(text, "utf-8")
     return path
+
+
+def test_a_piece_in_which_nothing_counts_is_one_like_others() -> None:
+    """The first pieces of a window are washed out; the readout gets its derivative later."""
+    data = mackey_glass(times=400, steps=30, washout=20)
+    model = recurrent(data.info, hidden=[3]).module
+    before = model.head.weight.clone()
+    parts = (CausalNodePerturbation(), Uniform(2), torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer = Trainer(model, data, mean_squared_error, *parts, batch_size=4, steps=3, every=10)
+    trainer.train()
+    assert not torch.equal(model.head.weight, before)
