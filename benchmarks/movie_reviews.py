@@ -233,8 +233,11 @@ part("cores 16 1-6")(lambda bert: _adapt(bert, 16, True, tuple(range(6))))
 class Bench:
     """Rows, weights and warm readers on a device."""
 
-    def __init__(self, carry: Path, device: str, out: Path, limit: float, tiny: bool) -> None:
+    def __init__(
+        self, carry: Path, device: str, out: Path, limit: float, tiny: bool, share: float
+    ) -> None:
         self.carry, self.device, self.out, self.tiny = carry, device, out, tiny
+        self.share = share
         self.until = time.monotonic() + limit
         self.results: list[dict[str, Any]] = []
         self.last: Tensor | None = None
@@ -625,7 +628,7 @@ def tune(bench: Bench) -> None:
     """Every weight, forward-only at equal queries: the published recipe, and noise at layers."""
 
     def in_place(start: str, seed: int, lr: float) -> None:
-        bench.in_place(lr, seed, steps=1000, rows=128, start=start)
+        bench.in_place(lr, seed, steps=int(1000 * bench.share), rows=128, start=start)
 
     def noise(seed: int, lr: float) -> None:
         bench.run(
@@ -634,7 +637,7 @@ def tune(bench: Bench) -> None:
             LikelihoodRatio(),
             lr=lr,
             seed=seed,
-            steps=125,
+            steps=int(125 * bench.share),
             rows=256,
             directions=7,
         )
@@ -672,6 +675,7 @@ def main() -> None:
         "--limits", type=float, nargs="+", default=[7200.0], help="seconds of each stage"
     )
     parser.add_argument("--tiny", action="store_true", help="two steps on few rows: a dry run")
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps of `tune`")
     asked = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -681,7 +685,7 @@ def main() -> None:
             prepare(asked.carry, asked.data)
             continue
         out = asked.out / f"{stage}.json"
-        bench = Bench(asked.carry, asked.device, out, limit, asked.tiny)
+        bench = Bench(asked.carry, asked.device, out, limit, asked.tiny, asked.share)
         {"readers": readers, "parts": parts, "tune": tune}[stage](bench)
 
 
