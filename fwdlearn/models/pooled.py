@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fwdlearn.errors import UsageError
+from fwdlearn.models.lora import folded_state
 
 _HEAD = "head.safetensors"
 
@@ -45,7 +46,7 @@ class MeanPooled(nn.Module):
 
     def save_pretrained(self, target: Path) -> None:
         """Writes the encoder for `AutoModel.from_pretrained`, and the classifier beside it."""
-        self.encoder.save_pretrained(target)
+        self.encoder.save_pretrained(target, state_dict=folded_state(self.encoder))
         head = {k: v.detach().cpu().contiguous() for k, v in self.classifier.state_dict().items()}
         save_file(head, target / _HEAD)
 

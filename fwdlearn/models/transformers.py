@@ -20,6 +20,7 @@ from fwdlearn.errors import FwdlearnError, MissingError, UsageError
 from fwdlearn.models.built import Built, weights_from
 from fwdlearn.models.images import ImageProcessor
 from fwdlearn.models.location import local_folder
+from fwdlearn.models.lora import adapt, folded_state, save_adapter
 from fwdlearn.models.pooled import MeanPooled
 from fwdlearn.models.readout import Look, Reader
 
@@ -40,6 +41,9 @@ def transformers(
     layer: int | None = None,
     detectors: int = 32,
     cache: str | None = None,
+    lora: int | None = None,
+    lora_on: tuple[str, ...] = ("*",),
+    lora_alpha: float | None = None,
     seed: int = 0,
 ) -> Built:
     """Loads a pretrained model and gives it a head for the data at hand.
@@ -58,12 +62,18 @@ def transformers(
             `AutoModelForSequenceClassification`.
         dtype: of the weights.
         attention: transformers' `attn_implementation`; None leaves the choice to transformers.
-        train: patterns of the names of the parameters to be trained; None trains them all.
+        train: patterns of the names of the parameters to be trained; None trains them all, with
+            `lora` the adapters and the head.
         layer: whose tokens the detectors of `reader` see; None is two thirds of the way up.
         detectors: of `reader`, at least 1.
         cache: a folder for what the frozen model of `reader` says of each row, kept for other runs;
             None keeps it in memory.
-        seed: of the new head's weights.
+        lora: the rank of adapters (see `fwdlearn.models.lora`), or None for none. What is saved has
+            them folded into its weights, and beside them in a folder `adapter` that PEFT loads.
+        lora_on: patterns of the names of the linear layers that get one, inside the model without
+            its head.
+        lora_alpha: the adapters' product counts this over the rank; None is twice the rank.
+        seed: of the new head's and the adapters' weights.
 
     Returns:
         The model in evaluation mode, a tokenizer or an `ImageProcessor`, and a `save` that writes
@@ -116,6 +126,7 @@ def transformers(
                 if head == "reader":
                     module = Reader(Look(module, layer), info.outputs, detectors)
                     module.load_head(Path(source))
+                inner = None if lora is None else _adapted(module, lora, lora_on, lora_alpha)
     if tokenizer is not None:
         # Tokenizers and models are mixed freely: what the model cannot take is not handed to it.
         known = inspect.signature(forward).parameters
@@ -126,7 +137,12 @@ def transformers(
     def save(target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         with _quiet(library):
-            module.save_pretrained(target)
+            if isinstance(module, MeanPooled | Reader):
+                module.save_pretrained(target)
+            else:
+                module.save_pretrained(target, state_dict=folded_state(module))
+            if inner is not None:
+                _save_adapter(module, inner, target / "adapter", path)
             if isinstance(processor, ImageProcessor):
                 processor.save(target)
             else:
@@ -139,6 +155,36 @@ def transformers(
         built = Built(module, processor, save)
     _train(built.module, train)
     return built
+
+
+def _adapted(
+    module: nn.Module, rank: int, patterns: tuple[str, ...], alpha: float | None
+) -> nn.Module:
+    """Leaves adapters and the head to training; the model without its head."""
+    if isinstance(module, Reader):
+        raise UsageError(
+            "transformers(lora=...): head='reader' freezes the model; leave lora out, or choose "
+            "head='mean' or 'auto'."
+        )
+    inner: nn.Module = module.encoder if isinstance(module, MeanPooled) else module.base_model  # type: ignore[assignment]
+    adapt(inner, rank, patterns, alpha)
+    for name, value in inner.named_parameters():
+        value.requires_grad_(name.endswith((".lora_A", ".lora_B")))
+    return inner
+
+
+def _save_adapter(module: nn.Module, inner: nn.Module, folder: Path, base: str) -> None:
+    """For PEFT; the head goes with it where the model is one of transformers with its head."""
+    if isinstance(module, MeanPooled):
+        save_adapter(inner, folder, base)
+        return
+    own = {id(value) for value in inner.parameters()}
+    heads = tuple(
+        name
+        for name, child in module.named_children()
+        if any(id(value) not in own for value in child.parameters())
+    )
+    save_adapter(module, folder, base, heads)
 
 
 def _train(module: nn.Module, patterns: tuple[str, ...] | None) -> None:
