@@ -303,6 +303,8 @@ def forbid_backward() -> Iterator[None]:
 
 _engine: list[Any] = []
 
+T = TypeVar("T")
+
 
 class ModelOracle:
     """Every kind of oracle on a model and a batch: perturbs, forbids backward, counts queries.
@@ -356,8 +358,10 @@ class ModelOracle:
         if directions is None and self._known is not None:
             return self._known[row]
         with forbid_backward(), torch.inference_mode():
-            losses = self._engine.losses(
-                self._batch, row, directions, direction, scale, self._dropout
+            losses = self._retry(
+                lambda: self._engine.losses(
+                    self._batch, row, directions, direction, scale, self._dropout
+                )
             )
         self._queries += len(row)
         return losses.clone()
@@ -366,13 +370,16 @@ class ModelOracle:
         """See `fwdlearn.signals.Measuring`."""
         with forbid_backward():
             if keep:
-                kept = self._engine.activations.clean(self._batch, self._dropout, outputs=True)
+                activations = self._engine.activations
+                kept = self._retry(lambda: activations.clean(self._batch, self._dropout, True))
                 with torch.inference_mode():
                     clean = kept.measured(residual)
                 self._kept = kept
             else:
                 with torch.inference_mode():
-                    clean = self._engine.measure(self._batch, residual, self._dropout)
+                    clean = self._retry(
+                        lambda: self._engine.measure(self._batch, residual, self._dropout)
+                    )
         self._queries += self.rows
         self._known = clean.losses.clone()
         return clean
@@ -388,8 +395,8 @@ class ModelOracle:
     ) -> tuple[Tensor, Tensor]:
         """See `SlopeOracle.slopes`."""
         with forbid_backward(), torch.inference_mode():
-            losses, slopes = self._engine.slopes(
-                self._batch, row, directions, direction, self._dropout
+            losses, slopes = self._retry(
+                lambda: self._engine.slopes(self._batch, row, directions, direction, self._dropout)
             )
         self._queries += len(row)
         return losses.clone(), slopes.clone()
@@ -428,8 +435,10 @@ class ModelOracle:
         """See `ActivationOracle.noisy_losses`."""
         scales = torch.as_tensor(scale, dtype=torch.float64, device=row.device).expand(len(row))
         with forbid_backward(), torch.inference_mode():
-            losses = self._engine.activations.noisy_losses(
-                self._batch, row, noise, index, scales, self._dropout
+            losses = self._retry(
+                lambda: self._engine.activations.noisy_losses(
+                    self._batch, row, noise, index, scales, self._dropout
+                )
             )
         self._queries += len(row)
         return losses.clone()
@@ -437,7 +446,9 @@ class ModelOracle:
     def noisy_slopes(self, row: Tensor, noise: Noise, index: Tensor) -> tuple[Tensor, Tensor]:
         """See `ActivationOracle.noisy_slopes`."""
         with forbid_backward():
-            answers = self._engine.activity(self._batch, row, noise, index, self._dropout)
+            answers = self._retry(
+                lambda: self._engine.activity(self._batch, row, noise, index, self._dropout)
+            )
         self._queries += len(row)
         return answers
 
@@ -463,23 +474,28 @@ class ModelOracle:
         if self._kept is not None:
             return self._kept
         with forbid_backward():
-            clean = self._engine.activations.clean(self._batch, self._dropout, outputs)
+            clean = self._retry(
+                lambda: self._engine.activations.clean(self._batch, self._dropout, outputs)
+            )
         self._queries += self.rows
         return clean
 
     def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """See `ActivationOracle.gather`."""
         with forbid_backward():
-            gradients = self._engine.activations.gather(self._batch, cotangents, self._dropout)
+            gradients = self._retry(
+                lambda: self._engine.activations.gather(self._batch, cotangents, self._dropout)
+            )
         self._queries += self.rows
         return gradients
+
+    def _retry(self, run: Callable[[], T]) -> T:
+        """Runs passes, in smaller blocks where memory runs out."""
+        return self._engine.room.retry(run)
 
     def _outputs(self) -> Mapping[str, Output]:
         with forbid_backward(), torch.inference_mode():
             return self._engine.activations.outputs(self._batch, self._dropout)
-
-
-T = TypeVar("T")
 
 
 class Lazy(Mapping[str, T]):

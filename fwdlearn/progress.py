@@ -76,6 +76,7 @@ class Progress:
         spent: queries so far.
         scheduled: steps of the learning-rate schedule.
         seconds: that the run took until it was last continued.
+        first: the loss of the first step.
         window: what the next record sums up.
         last: the last record.
         scores: of the last evaluation.
@@ -87,6 +88,7 @@ class Progress:
     spent: int = 0
     scheduled: int = 0
     seconds: float = 0.0
+    first: float = math.nan
     window: Window = field(default_factory=Window)
     last: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)

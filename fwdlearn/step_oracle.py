@@ -67,8 +67,10 @@ class StepOracle(ModelOracle):
             return self._known[row]
         with forbid_backward(), torch.inference_mode():
             memory = self._memory(len(row))
-            losses = self._engine.losses(
-                self._batch, row, directions, direction, scale, self._dropout, memory
+            losses = self._retry(
+                lambda: self._engine.losses(
+                    self._batch, row, directions, direction, scale, self._dropout, memory
+                )
             )
         self._queries += len(row)
         return losses.clone()
@@ -79,8 +81,10 @@ class StepOracle(ModelOracle):
         """See `SlopeOracle.slopes`."""
         with forbid_backward(), torch.inference_mode():
             memory = self._memory(len(row))
-            losses, slopes = self._engine.slopes(
-                self._batch, row, directions, direction, self._dropout, memory
+            losses, slopes = self._retry(
+                lambda: self._engine.slopes(
+                    self._batch, row, directions, direction, self._dropout, memory
+                )
             )
         self._queries += len(row)
         return losses.clone(), slopes.clone()
@@ -91,7 +95,9 @@ class StepOracle(ModelOracle):
             return super().measure(residual, keep)
         with forbid_backward(), torch.inference_mode():
             memory = self._memory(self.rows)
-            clean = self._engine.measure(self._batch, residual, self._dropout, memory)
+            clean = self._retry(
+                lambda: self._engine.measure(self._batch, residual, self._dropout, memory)
+            )
         self._queries += self.rows
         self._known = clean.losses.clone()
         return clean

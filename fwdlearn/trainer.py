@@ -32,6 +32,7 @@ from fwdlearn.metrics import Scores
 from fwdlearn.objectives import per_step
 from fwdlearn.oracle import ActivationOracle, ModelOracle, forbid_backward, require
 from fwdlearn.progress import Journal, Pieces, Progress, Window
+from fwdlearn.resolution import is_still, output_sum, refuse
 from fwdlearn.signals import check_signals, measured, read
 from fwdlearn.step_oracle import StepOracle
 from fwdlearn.steps import Carried, Sequences, Steps
@@ -109,6 +110,9 @@ class Trainer:
         rung: how perturbed passes run: "auto", "fold", "copies" or "sequential".
         memory_budget: bytes that a forward pass of queries may take at its peak.
         compile: whether folded passes run as compiled graphs; slow to start, off by default.
+        divergence: a run has diverged once the mean loss since the last record is above that of
+            the first step by more than so many times its size, and 1 at least; positive, or None
+            never to look.
         sinks: told of the start, of every record and of the end.
         journal: told of every step; a run that has one can be gone on with.
 
@@ -139,6 +143,7 @@ class Trainer:
         rung: str = "auto",
         memory_budget: int | None = None,
         compile: bool = False,
+        divergence: float | None = 10.0,
         sinks: Sequence[Reporter] = (),
         journal: Journal | None = None,
     ) -> None:
@@ -154,6 +159,8 @@ class Trainer:
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise UsageError(f"Trainer({name}=...) must be at least 1, got {value}.")
+        if divergence is not None and not divergence > 0:
+            raise UsageError(f"Trainer(divergence=...) must be positive, got {divergence}.")
         if (steps is None) == (queries is None):
             raise UsageError("Trainer needs exactly one of steps=... and queries=... .")
         if not len(data.train):
@@ -173,7 +180,7 @@ class Trainer:
         self.batch_size = min(batch_size, len(data.train))
         self.device, self.seed, self.train_mode = device, seed, train_mode
         self.evaluate_every, self.log_every = evaluate_every, log_every
-        self.evaluation_batch_size = evaluation_batch_size
+        self.evaluation_batch_size, self.divergence = evaluation_batch_size, divergence
         self.sinks, self.journal = sinks, journal or Journal()
         self.key = Key.root(seed)
         self.engine: AnyEngine = self._engine(model)(model, objective, rung, memory_budget, compile)
@@ -190,7 +197,8 @@ class Trainer:
             `seconds`, `train.loss` (of the last record), `eval.*`, `memory.*`, `engine.*`, `seed`.
 
         Raises:
-            NonFiniteError: losses or gradients are no longer finite.
+            NonFiniteError: losses or gradients are no longer finite, or training has diverged.
+            UsageError: the estimator's noise is lost in the rounding of the model's numbers.
         """
         before = in_use_bytes(self.device)
         with self._mode(self.train_mode):
@@ -201,8 +209,12 @@ class Trainer:
             self._tell("start", self._meta())
             while self._affords(at):
                 at.step += 1
-                started = time.monotonic()
+                started, halvings = time.monotonic(), self.engine.room.halvings
                 made = self._made(at)
+                if at.step == 1 and made.plan is not None and is_still(made.estimate):
+                    self._check_noise(made.plan)
+                if self.engine.room.halvings > halvings:
+                    self._log(at, begun, {"engine.halvings": self.engine.room.halvings})
                 if self.engine.choice is not choice:
                     choice = self._choose()
                     stepped = {"engine.rung": choice.rung, "engine.reason": choice.reason}
@@ -218,6 +230,7 @@ class Trainer:
                     noted = {f"optimizer.{name}": value for name, value in self._noted().items()}
                     self._log(at, begun, {"lr": float(lr), **at.last, **noted})
                     at.window = Window()
+                    self._check_course(at)
                 if self.evaluate_every and at.step % self.evaluate_every == 0:
                     at.scores = self._evaluated(at, begun)
                 at.seconds = time.monotonic() - begun
@@ -241,6 +254,7 @@ class Trainer:
             "memory.weights_bytes": weights_bytes(self.model),
             "engine.rung": choice.rung,
             "engine.reason": choice.reason,
+            "engine.halvings": self.engine.room.halvings,
             "seed": self.seed,
         }
         self._tell("finish", summary)
@@ -370,6 +384,8 @@ class Trainer:
 
     def _advance(self, at: Progress, made: _Step, started: float) -> None:
         """Everything that an estimate changes."""
+        if at.step == 1:
+            at.first = float(made.estimate.loss)
         square_norms = self._update(made.estimate, made.names)
         feedback = made.feedback(square_norms)
         if made.plan is not None:
@@ -428,6 +444,24 @@ class Trainer:
             return StepOracle(self.engine, batch, dropout)
         return ModelOracle(self.engine, batch, dropout)
 
+    def _check_noise(self, plan: Plan) -> None:
+        """When no loss of the first step has moved: whether anything has."""
+        if isinstance(self.engine, Calls):
+            return
+        budget = self.engine.memory_budget
+        engine = self._engine(self.model)(self.model, output_sum, "auto", budget)
+        batch, key = self.batch(0), self.step_key(0)
+
+        def run(estimator: Estimator) -> Estimate:
+            kind: Any = StepOracle if isinstance(engine, TimeEngine) else ModelOracle
+            oracle = kind(engine, batch, key.fold("dropout"))
+            if plan.block is not None:
+                oracle = oracle.only(plan.block.names(oracle.params))
+            state, asked = estimator.init(self.engine.params), plan.to(self.device)
+            return estimator.estimate(oracle, oracle.params, state, key=key, plan=asked)[0]
+
+        refuse(self.estimator, run)
+
     def _cost(self, plans: Any) -> int:
         """Queries of the next step."""
         pairs, signals = self.allocator.budget(self.batch_size, plans), self.allocator.signals
@@ -463,6 +497,17 @@ class Trainer:
             self.optimizer.step()
             parameter.grad = None
         return square_norms
+
+    def _check_course(self, at: Progress) -> None:
+        """After a record: whether training still is where it could be going somewhere."""
+        loss, first = at.last["train.loss"], at.first
+        if self.divergence is None or not loss > first + self.divergence * max(1.0, abs(first)):
+            return
+        raise NonFiniteError(
+            f"step {at.step}: training has diverged: the loss is {loss:.4g}, and was {first:.4g} "
+            f"at the start (trainer.divergence, {self.divergence:g}, says what is too much); "
+            "lower the learning rate."
+        )
 
     def _reschedule(self, at: Progress) -> None:
         """Brings the schedule to where the run is, measured in what it has steps or queries for."""

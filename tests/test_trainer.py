@@ -436,7 +436,8 @@ def test_a_budget_that_changes_is_kept_and_the_schedule_follows_it() -> None:
             rates.append(run.optimizer.param_groups[0]["lr"])
             return super().allocate(*args, **kwargs)
 
-    run = trainer(allocator=Falling(8, target=1e-6), queries=8 * 9 * 20, lr=1.0)
+    budget = {"queries": 8 * 9 * 20, "divergence": None}
+    run = trainer(allocator=Falling(8, target=1e-6), lr=1.0, **budget)
     run.schedule = torch.optim.lr_scheduler.LinearLR(run.optimizer, 1.0, 0.0, run._planned())
     summary = run.train()
     # It falls from 8 directions to 1: more steps than planned, all within the budget.

@@ -17,6 +17,7 @@ from torch import Tensor
 from fwdlearn.batch import Batch
 from fwdlearn.engine.footprint import Footprint, footprint
 from fwdlearn.engine.queries import Queries
+from fwdlearn.engine.room import Room
 from fwdlearn.errors import UsageError
 from fwdlearn.memory import free_bytes
 
@@ -32,10 +33,11 @@ class Blocks:
     Args:
         budget: bytes that a pass may take at its peak, or None for a size that keeps the device
             busy.
+        room: makes them smaller where memory has run out.
     """
 
-    def __init__(self, budget: int | None = None) -> None:
-        self.budget = budget
+    def __init__(self, budget: int | None = None, room: Room | None = None) -> None:
+        self.budget, self.room = budget, room or Room()
         self._known: dict[Hashable, tuple[Footprint, int]] = {}
 
     @property
@@ -98,7 +100,7 @@ class Blocks:
         if key not in self._known:
             taken = Footprint.highest(measure())
             self._known[key] = taken, self._fitting(taken, widest, batch.device)
-        return self._known[key][1]
+        return self.room.of(self._known[key][1])
 
     def _fitting(self, taken: Footprint, widest: int, device: torch.device) -> int:
         if self.budget is not None:

@@ -18,6 +18,7 @@ from fwdlearn.engine.ladder import Choice
 from fwdlearn.engine.measured import Measured
 from fwdlearn.engine.params import trainable
 from fwdlearn.engine.queries import Queries
+from fwdlearn.engine.room import Room
 from fwdlearn.engine.sequential import perturbed_copy
 from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
@@ -79,6 +80,7 @@ class Calls:
         self.box, self.objective = box, objective
         self.params: Mapping[str, nn.Parameter] = trainable(box)
         self.choice = Choice("black box", "one call for all rows at one direction and scale")
+        self.room = Room()
         self._lock = Lock()
 
     def choose(self, batch: Batch, dropout: Key | None = None) -> Choice:

@@ -69,7 +69,7 @@ def run(
         for members in _stacks(queries, block, budget // size):
             try:
                 losses = _pass(model, params, queries, row_losses, members)
-            except FwdlearnError:
+            except (FwdlearnError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # anyone's model, and what `vmap` makes of it
                 raise TraceError(_first_sentence(error)) from error

@@ -28,6 +28,7 @@ from fwdlearn.engine.params import trainable
 from fwdlearn.engine.prefix import Still, Visits, once, stills
 from fwdlearn.engine.quantized import Quantized
 from fwdlearn.engine.queries import Queries, masks
+from fwdlearn.engine.room import Room
 from fwdlearn.engine.rules import RULES
 from fwdlearn.engine.sites import Activations
 from fwdlearn.engine.slopes import Slopes
@@ -64,6 +65,7 @@ class Engine:
         virtual: patterns of weights of quantised layers, `<layer>.weight`, that are perturbed too.
             They are among `params` as zeros of the right shape: their estimates are those of the
             dequantised matrix, and no update can be written into integers.
+        room: shared with another engine, where the two take memory together.
 
     Raises:
         UsageError: `rung` or `compile` is unknown, a pattern matches nothing, or there is nothing
@@ -78,6 +80,7 @@ class Engine:
         memory_budget: int | None = None,
         compile: bool | str = False,
         virtual: Sequence[str] = (),
+        room: Room | None = None,
     ) -> None:
         if compile not in _BACKENDS:
             names = ", ".join(repr(name) for name in _BACKENDS)
@@ -94,7 +97,8 @@ class Engine:
             sorted({**trained, **self.quantized.weights}.items())
         )
         self.wanted, self.memory_budget = rung, memory_budget
-        self.blocks = Blocks(memory_budget)
+        self.room = room or Room()
+        self.blocks = Blocks(memory_budget, self.room)
         self.choice: Choice | None = None
         self.events: list[Choice] = []
         self._names = {id(value): name for name, value in self.params.items()}
@@ -125,7 +129,7 @@ class Engine:
     @cached_property
     def exact(self) -> Slopes:
         """Exact slopes, with a choice of rungs and events of their own."""
-        return Slopes(self.model, self.params, self.row_losses, memory_budget=self.memory_budget)
+        return self._slopes_at(self.params)
 
     @contextmanager
     def shown(self, batch: Batch, dropout: Key | None) -> Iterator[None]:
@@ -164,9 +168,12 @@ class Engine:
             return self.exact
         own = {name: self.params[name] for name in self.params if name in names}
         if tuple(own) not in self._parts_exact:
-            made = Slopes(self.model, own, self.row_losses, memory_budget=self.memory_budget)
-            self._parts_exact[tuple(own)] = made
+            self._parts_exact[tuple(own)] = self._slopes_at(own)
         return self._parts_exact[tuple(own)]
+
+    def _slopes_at(self, params: Mapping[str, Tensor]) -> Slopes:
+        budget = self.memory_budget
+        return Slopes(self.model, params, self.row_losses, memory_budget=budget, room=self.room)
 
     @property
     def dtype(self) -> torch.dtype:

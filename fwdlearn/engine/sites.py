@@ -145,7 +145,7 @@ class Activations:
         self._uses: tuple[Use, ...] | None = None
         self._sites: list[str | None] = []
         self._outputs: dict[Any, Mapping[str, Output]] = {}
-        self._block_sizes, self._widest = Blocks(engine.memory_budget), 1
+        self._block_sizes, self._widest = Blocks(engine.memory_budget, engine.room), 1
 
     def outputs(self, batch: Batch, dropout: Key | None) -> Mapping[str, Output]:
         """Name of a site -> what a row of this batch puts out there.
@@ -229,13 +229,20 @@ class Activations:
             math.prod(site.shape) * torch.promote_types(site.dtype, torch.float32).itemsize
             for site in known.values()
         )
-        size = self._block_sizes.plain(batch, like_them, max(kept, self._widest), "shifts")
-        for start in range(0, len(row), size):
+
+        def block(start: int) -> Shift:
+            size = self._block_sizes.plain(batch, like_them, max(kept, self._widest), "shifts")
             some = slice(start, min(start + size, len(row)))
-            losses, shifts = self._traced(
-                batch, dropout, partial(run, row[some], index[some], scale[some])
-            )
-            yield Shift(some, losses, shifts)
+            work = partial(run, row[some], index[some], scale[some])
+            return Shift(some, *self._traced(batch, dropout, work))
+
+        start = 0
+        while start < len(row):
+            # What has been looked at is not asked for again where memory runs out.
+            found = self.engine.room.retry(partial(block, start))
+            start = found.queries.stop
+            yield found
+            del found
 
     def clean(self, batch: Batch, dropout: Key | None, outputs: bool = False) -> Clean:
         """A clean pass that keeps what products need, and the outputs of layers if asked."""

@@ -25,6 +25,7 @@ from fwdlearn.engine.dual_rules import DUAL_RULES
 from fwdlearn.engine.jvp import Jvp, JvpError, reason
 from fwdlearn.engine.layout import SlopePass, slope_passes
 from fwdlearn.engine.queries import Queries, masks
+from fwdlearn.engine.room import Room
 from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
 from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
@@ -81,6 +82,7 @@ class Slopes:
         rung: "auto", or one of `SLOPE_RUNGS` to insist on it.
         memory_budget: bytes that the activations of a pass and their tangents may take, or None
             for a size that keeps the device busy.
+        room: makes passes smaller where memory has run out.
 
     Attributes:
         choice: the rung in use, once there is one.
@@ -94,11 +96,12 @@ class Slopes:
         row_losses: Callable[[object, Batch], Tensor],
         rung: str = "auto",
         memory_budget: int | None = None,
+        room: Room | None = None,
     ) -> None:
         if rung not in ("auto", *SLOPE_RUNGS):
             raise UsageError(f"rung must be auto, {' or '.join(SLOPE_RUNGS)}, got {rung!r}.")
         self.model, self.params, self.row_losses = model, params, row_losses
-        self.wanted, self.memory_budget = rung, memory_budget
+        self.wanted, self.memory_budget, self.room = rung, memory_budget, room or Room()
         self.choice: Choice | None = None
         self.events: list[Choice] = []
         self._names = {id(value): name for name, value in params.items()}
@@ -261,8 +264,8 @@ class Slopes:
             return len(row) * (len(row) + 1)
         if self.memory_budget:
             # Some four activations of the widest kind are alive at once.
-            return max(1, self.memory_budget // (4 * self._widest))
-        return max(1, _BLOCK_BYTES.get(batch.device.type, 2**28) // self._widest)
+            return self.room.of(self.memory_budget // (4 * self._widest))
+        return self.room.of(_BLOCK_BYTES.get(batch.device.type, 2**28) // self._widest)
 
     def _trace(self, batch: Batch, dropout: Key | None) -> None:
         recorders = []

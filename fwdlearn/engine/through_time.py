@@ -33,6 +33,7 @@ from fwdlearn.engine.measured import Measured
 from fwdlearn.engine.moments import Moments
 from fwdlearn.engine.params import trainable
 from fwdlearn.engine.queries import Queries, masks
+from fwdlearn.engine.room import Room
 from fwdlearn.engine.rules import RULES
 from fwdlearn.engine.sites import Activations
 from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
@@ -127,6 +128,7 @@ class TimeEngine:
         self.objective, self.wanted, self.memory_budget = objective, rung, memory_budget
         self.params: Mapping[str, nn.Parameter] = trainable(model)
         self.choice: Choice | None = None
+        self.room = Room()
         self.names = {id(value): name for name, value in self.params.items()}
         self.widest = 1
         self._uses: dict[int, Traced] = {}
@@ -150,7 +152,8 @@ class TimeEngine:
 
     @cached_property
     def _whole(self) -> Engine:
-        return Engine(self.model, self.objective, memory_budget=self.memory_budget)
+        budget = self.memory_budget
+        return Engine(self.model, self.objective, memory_budget=budget, room=self.room)
 
     @torch.no_grad()
     def choose(self, batch: Batch, dropout: Key | None = None) -> Choice:
@@ -268,8 +271,8 @@ class TimeEngine:
         """Rows of a pass, each with so many activations of the widest kind."""
         if self.memory_budget is not None:
             # Some eight activations of the widest kind are alive at once.
-            return max(1, self.memory_budget // (8 * copies * self.widest))
-        return max(1, _WIDEST_BYTES.get(self.device.type, 2**28) // (copies * self.widest))
+            return self.room.of(self.memory_budget // (8 * copies * self.widest))
+        return self.room.of(_WIDEST_BYTES.get(self.device.type, 2**28) // (copies * self.widest))
 
     @property
     def device(self) -> torch.device:

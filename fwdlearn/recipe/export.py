@@ -20,7 +20,8 @@ FORMATS = ("transformers", "safetensors", "ledger")
 def export(run: Path, form: str, out: Path) -> None:
     """Writes what a run has come to.
 
-    A run that has not finished is replayed to its last step.
+    A run that has not finished is replayed to its last step; of one that diverged it is the last
+    good step.
 
     Args:
         run: its folder.
@@ -64,7 +65,7 @@ def export(run: Path, form: str, out: Path) -> None:
 @contextmanager
 def _model(run: Path, out: Path) -> Iterator[Path]:
     """A folder with the last weights of a run."""
-    if status(run) == "finished" and (run / "model").is_dir():
+    if status(run) in ("finished", "diverged") and (run / "model").is_dir():
         yield run / "model"
         return
     again = replay(run)

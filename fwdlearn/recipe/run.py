@@ -14,12 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fwdlearn.errors import FwdlearnError, UsageError
+from fwdlearn.errors import FwdlearnError, NonFiniteError, UsageError
 from fwdlearn.ledger.journal import LEDGER, RunJournal
 from fwdlearn.recipe.build import Assembly, assemble, device_of
 from fwdlearn.recipe.environment import environment
 from fwdlearn.recipe.folder import RunFolder, course, differences, status
 from fwdlearn.recipe.load import Recipe
+from fwdlearn.recipe.rewind import rewind
 from fwdlearn.recipe.source import Problem
 from fwdlearn.recipe.text import dump, parse
 from fwdlearn.recipe.weights import save_model
@@ -60,6 +61,8 @@ def train(recipe: Recipe, console: Console | None = None) -> tuple[dict[str, Any
 
     Raises:
         FwdlearnError: as the summary then says, with status `failed`.
+        NonFiniteError: the numbers went wrong. The folder has the weights of the last good step,
+            the summary its number (`good_step`) and status `diverged`, and the ledger every step.
         Interrupted: SIGINT, SIGTERM or SIGHUP came; the summary has status `interrupted`, the
             weights reached so far are saved, and the run can be gone on with.
     """
@@ -69,7 +72,10 @@ def train(recipe: Recipe, console: Console | None = None) -> tuple[dict[str, Any
         if status(folder.path) == "finished":
             return run.told(), folder.path
         with stoppable() as stop:
-            return run.carry_out(stop), folder.path
+            try:
+                return run.carry_out(stop), folder.path
+            except NonFiniteError as error:
+                raise run.rewound(error) from error
     except BaseException as error:
         run.record_failure(error)
         raise
@@ -89,6 +95,7 @@ class _Run:
         self.journal: RunJournal | None = None
         self.reached: dict[str, Any] = {}
         self.reporting = False
+        self.good: dict[str, Any] = {}
 
     def told(self) -> dict[str, Any]:
         """The summary of a run that has finished already."""
@@ -130,6 +137,34 @@ class _Run:
         folder.write_json("summary.json", summary)
         return dict(summary)
 
+    def rewound(self, error: NonFiniteError) -> NonFiniteError:
+        """The error with the way out, once the weights of the last good step are in the folder."""
+        path = self.folder.path
+        lr = self.recipe.components["optimizer"].settings.get("lr")
+        rate = "optimizer.lr=LOWER"
+        if isinstance(lr, float):
+            rate = f"optimizer.lr={float(f'{lr / 3:.1g}'):g}"
+        # The model that went wrong need not be held beside the one that comes back.
+        journal, self.assembly, self.journal = self.journal, None, None
+        if journal is None or not (path / LEDGER).exists():
+            return NonFiniteError(f"{error} No step has been taken; try {rate}.")
+        journal.close()
+        try:
+            step, again = rewind(path, self.recipe.trainer.log_every)
+            if again is not None:
+                again.save(path / "model")
+        except FwdlearnError as other:
+            return NonFiniteError(f"{error} Nothing is lost, but the way back failed: {other}")
+        self.good = {"status": "diverged", "good_step": step} if again is not None else {}
+        where = f"{path / 'model'} holds the weights after step {step}, the last good one"
+        if again is None:
+            where = f"the last good step is {step} (`fwdlearn replay {path} --step {step}`)"
+        onward = f"--fork {path} --step {step}" if step else "output.dir=NEW"
+        return NonFiniteError(
+            f"{error} Nothing is lost: {where}; go on from there with `fwdlearn train RECIPE "
+            f"{rate} {onward}`."
+        )
+
     def record_failure(self, error: BaseException) -> None:
         """Says in the summary, and to the sinks, how the run ended."""
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
@@ -141,6 +176,7 @@ class _Run:
             "status": "interrupted" if stopped else "failed",
             "reason": reason,
             "seed": self.recipe.seed,
+            **self.good,
         }
         # The error that is under way tells more than one that follows from it.
         with suppress(FwdlearnError):

@@ -58,6 +58,10 @@ class TrainerSection(_Section):
         default=None, description="bytes that a block of queries may take, or text such as 2 GiB"
     )
     compile: bool = Field(default=False, description="run folded passes as compiled graphs")
+    divergence: Annotated[float, Field(gt=0)] | None = Field(
+        default=10.0,
+        description="a loss so many times its size (1 at least) above the first has diverged",
+    )
 
 
 class OutputSection(_Section):

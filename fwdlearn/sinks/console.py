@@ -69,6 +69,9 @@ class Console:
             self._losses.append(loss)
         if "engine.rung" in record:
             self.warn(f"now on the {record['engine.rung']} rung: {record['engine.reason']}")
+        if "engine.halvings" in record:
+            times = record["engine.halvings"]
+            self.warn(f"memory ran out: blocks of queries are 1/{2**times} of their size now")
         evaluated = "eval.loss" in record
         if self._live is None and loss is not None:
             self._say(self._line())

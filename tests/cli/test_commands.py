@@ -200,7 +200,7 @@ def test_a_run_that_diverges_says_so(here: Path, capsys: pytest.CaptureFixture[s
     assert main(["train", "tiny.yaml", "optimizer={name: SGD, lr: 1e30}", "output.dir=x"]) == 4
     assert len(capsys.readouterr().err.splitlines()) == 1
     summary = json.loads((here / "x" / "summary.json").read_text())
-    assert summary["status"] == "failed"
+    assert summary["status"] == "diverged"
     assert "finite" in summary["reason"]
 
 

@@ -32,7 +32,7 @@ def _cut(folder: Path, step: int) -> None:
     (folder / "summary.json").write_text('{"status": "running"}')
 
 
-@pytest.mark.parametrize("optimizer", [ADAM, "{name: SGD, lr: 0.1, momentum: 0.9}"])
+@pytest.mark.parametrize("optimizer", [ADAM, "{name: SGD, lr: 0.02, momentum: 0.9}"])
 def test_replay_gives_the_weights_of_any_step(
     here: Path, capsys: pytest.CaptureFixture[str], optimizer: str
 ) -> None:
