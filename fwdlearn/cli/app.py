@@ -50,6 +50,12 @@ def _options(
 def train(
     recipe: RecipeWord,
     overrides: Overrides = None,
+    fork: Annotated[
+        Path | None, typer.Option("--fork", metavar="RUN", help="Begin where another run is.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", help="Of that run; its last one if not given.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Train a model as a recipe says."""
@@ -60,7 +66,8 @@ def train(
     from fwdlearn.recipe.run import train as carry_out
     from fwdlearn.sinks.console import Console
 
-    _, folder = carry_out(checked, None if quiet else Console(checked.name))
+    console = None if quiet else Console(checked.name)
+    _, folder = carry_out(checked, console, fork, step)
     print(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,9 @@ from fwdlearn.errors import StorageError, UsageError
 from fwdlearn.estimator import Estimate
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.ledger import snapshots
-from fwdlearn.ledger.header import beginning, family, unlike
+from fwdlearn.ledger.files import storing
+from fwdlearn.ledger.forking import Parent, adopt
+from fwdlearn.ledger.header import beginning, family, tensors_of, unlike
 from fwdlearn.ledger.records import Ledger, LedgerWriter, Record, same
 from fwdlearn.ledger.state import State, held, put_back, unpacked
 from fwdlearn.progress import Journal, Progress
@@ -26,7 +29,7 @@ from fwdlearn.progress import Journal, Progress
 if TYPE_CHECKING:
     from fwdlearn.trainer import Trainer
 
-LEDGER, SNAPSHOTS = "ledger.bin", "snapshots"
+LEDGER, SNAPSHOTS, PARENT = "ledger.bin", "snapshots", "parent.safetensors"
 # How many times what it costs passes between two snapshots.
 _COSTS = 50
 
@@ -54,6 +57,7 @@ class RunJournal(Journal):
         say, warn: told, in one line each, where that is, and what stood in the way.
         seconds: between snapshots, at least: what a run that goes on has to make again.
         whole: around each update; see `Journal`.
+        parent: a run that this one begins with, if it has not begun yet.
     """
 
     def __init__(
@@ -65,8 +69,9 @@ class RunJournal(Journal):
         warn: Callable[[str], None] = lambda message: None,
         seconds: float = 60.0,
         whole: Callable[[], AbstractContextManager[object]] = nullcontext,
+        parent: Parent | None = None,
     ) -> None:
-        self.whole = whole
+        self.whole, self.parent = whole, parent
         self.folder, self.recipe, self.metrics = folder, recipe, metrics
         self.say, self.warn, self.seconds = say, warn, seconds
         self._ledger: Ledger | None = None
@@ -87,7 +92,11 @@ class RunJournal(Journal):
         self._header = beginning(trainer, self.recipe)
         self._due = time.monotonic() + self.seconds
         if not path.exists():
-            return at
+            if self.parent is None:
+                return at
+            self._fork(self.parent, trainer)
+            # It need not be held beside what has come of it.
+            self.parent = None
         ledger = self._ledger = Ledger(path)
         other = unlike(ledger.header, self._header)
         if other.fatal:
@@ -103,11 +112,14 @@ class RunJournal(Journal):
         if ledger.steps:
             warm(trainer)
         found = self._newest(ledger)
+        came = "the first step" if found is None else f"the snapshot of step {found.meta['step']}"
+        if found is None and "parent" in ledger.header:
+            found = parent_state(self.folder, ledger)
+            came = f"step {found.meta['step']} of {ledger.header['parent']['run']}"
         if found is not None:
             at = put_back(found, trainer)
         self._choice = trainer.engine.choice
         self._writer = LedgerWriter(path, ledger.end, ledger.hash(ledger.steps))
-        came = f"the snapshot of step {at.step}" if found else "the first step"
         self.say(
             f"goes on at step {ledger.steps}: from {came}, "
             f"{ledger.steps - at.step} more from the ledger"
@@ -164,6 +176,23 @@ class RunJournal(Journal):
         now = time.monotonic()
         self._due = now + max(self.seconds, _COSTS * (now - begun))
 
+    def _fork(self, parent: Parent, trainer: Trainer) -> None:
+        """Writes what the run begins with: the state first, so that a ledger never lacks it."""
+        first = {name: value.clone() for name, value in tensors_of(trainer).items()}
+        made = warm(trainer)
+        self._header["family"] = family(made.grad)
+        at = adopt(parent, trainer)
+        state = held(trainer, at)
+        with storing(self.folder / PARENT):
+            snapshots.write(self.folder / PARENT, snapshots.Snapshot(state.meta, state.tensors))
+        self._header["parent"] = {**parent.about, "state": digest_of(self.folder / PARENT)}
+        LedgerWriter.create(self.folder / LEDGER, self._header, parent.records).close()
+        # As any run that goes on finds it.
+        own = tensors_of(trainer)
+        with torch.inference_mode():
+            for name, value in first.items():
+                own[name].copy_(value)
+
     def close(self) -> None:
         """Makes the ledger durable."""
         if self._writer is not None:
@@ -207,14 +236,34 @@ class RunJournal(Journal):
         self._writer = LedgerWriter(ledger.path, ledger.end_of(step - 1), ledger.hash(step - 1))
 
 
-def warm(trainer: Trainer) -> None:
+def parent_state(folder: Path, ledger: Ledger) -> State:
+    """What a run began with that began with another.
+
+    Raises:
+        StorageError: it is not there, or not as it was written.
+    """
+    path = folder / PARENT
+    found = snapshots.read(path)
+    if digest_of(path) != ledger.header["parent"]["state"]:
+        raise StorageError(f"{path} is not what the run in {folder} began with.")
+    return State(found.meta, found.tensors)
+
+
+def digest_of(path: Path) -> str:
+    """BLAKE2b-128 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def warm(trainer: Trainer) -> Estimate:
     """Lets the engine decide what it decided when the run began, with the weights of then."""
     before = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
     start = trainer.start()
-    trainer._estimate(0, start.state, start.plans)
+    made = trainer._estimate(0, start.state, start.plans)[0]
     with torch.inference_mode():
         for name, buffer in trainer.model.named_buffers():
             buffer.copy_(before[name])
+    return made.estimate
 
 
 def estimate_of(record: Record, header: Mapping[str, Any], trainer: Trainer) -> Estimate:

@@ -20,7 +20,7 @@ import struct
 import time
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -202,14 +202,21 @@ class LedgerWriter:
             os.fsync(self._handle)
 
     @classmethod
-    def create(cls, path: Path, header: dict[str, Any]) -> LedgerWriter:
-        """A new ledger with a header and no records."""
+    def create(
+        cls, path: Path, header: dict[str, Any], records: Iterable[Record] = ()
+    ) -> LedgerWriter:
+        """A new ledger with a header and the records that it begins with, whole or absent."""
         text = _canonical(header)
-        begin = MAGIC + _LENGTH.pack(len(text)) + text
-        running = blake2b(begin, digest_size=_HASH).digest()
+        content = bytearray(MAGIC + _LENGTH.pack(len(text)) + text)
+        running = blake2b(content, digest_size=_HASH).digest()
+        content += running
+        for record in records:
+            body = record.body()
+            running = blake2b(running + body, digest_size=_HASH).digest()
+            content += body + running
         with storing(path):
-            replace_file(path, lambda file: file.write(begin + running))
-        return cls(path, len(begin) + _HASH, running)
+            replace_file(path, lambda file: file.write(content))
+        return cls(path, len(content), running)
 
     def append(self, record: Record) -> None:
         """Writes a record; see the class for when it is durable.

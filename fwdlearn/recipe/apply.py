@@ -46,6 +46,11 @@ def apply(base: Path | None, path: Path) -> Rebuilt:
     ledger = Ledger(path)
     if ledger.header["format"] != FORMAT:
         raise UsageError(f"{path} has format {ledger.header['format']}, and this reads {FORMAT}.")
+    if "parent" in ledger.header:
+        raise UsageError(
+            f"{path} begins with step {ledger.header['parent']['step']} of another run, whose "
+            "state is beside it and not in it; use `fwdlearn replay` on the run's folder."
+        )
     recipe = _recipe(ledger.header["recipe"], base, path)
     built = load_model(recipe, _info(ledger.header["info"]))
     if base is not None and (base / DESCRIPTION).exists():
@@ -60,7 +65,7 @@ def apply(base: Path | None, path: Path) -> Rebuilt:
         while at.step < ledger.steps:
             at.step += 1
             trainer._advance(at, trainer._made(at), time.monotonic())
-    return Rebuilt(recipe, assembly, ledger.steps, 0, 0)
+    return Rebuilt(recipe, assembly, ledger.steps, 0, 0, at)
 
 
 class _Told(Journal):

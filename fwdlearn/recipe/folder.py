@@ -15,8 +15,8 @@ from fwdlearn.ledger.journal import LEDGER
 from fwdlearn.sinks.jsonl import plain
 
 OURS = (
-    "ledger.bin snapshots summary.json metrics.jsonl model tensorboard wandb env.json recipe.yaml "
-    "resolved.yaml"
+    "ledger.bin snapshots parent.safetensors summary.json metrics.jsonl model tensorboard wandb "
+    "env.json recipe.yaml resolved.yaml"
 ).split()
 """Everything that a run writes; nothing else in a folder is ever touched. In the order in which it
 is removed: a folder that a crash left half empty still says that a run was there."""

@@ -12,7 +12,14 @@ from fwdlearn.errors import MissingError, StorageError, UsageError
 from fwdlearn.estimator import Estimate
 from fwdlearn.ledger import snapshots
 from fwdlearn.ledger.header import beginning, unlike
-from fwdlearn.ledger.journal import LEDGER, SNAPSHOTS, estimate_of, record_of, warm
+from fwdlearn.ledger.journal import (
+    LEDGER,
+    SNAPSHOTS,
+    estimate_of,
+    parent_state,
+    record_of,
+    warm,
+)
 from fwdlearn.ledger.records import Ledger, same
 from fwdlearn.ledger.state import State, put_back
 from fwdlearn.progress import Journal, Progress
@@ -32,6 +39,7 @@ class Rebuilt:
         step: which.
         first: from which state on they were rebuilt, 0 for the first weights.
         made: steps that took forward passes, because their records alone do not tell them.
+        at: where the run was.
     """
 
     recipe: Recipe
@@ -39,6 +47,7 @@ class Rebuilt:
     step: int
     first: int
     made: int
+    at: Progress
 
     def save(self, folder: Path) -> None:
         """Writes the model as a run does."""
@@ -75,7 +84,9 @@ def ledger_of(run: Path) -> Ledger:
     return Ledger(run / LEDGER)
 
 
-def replay(run: Path, step: int | None = None, snapshot: bool = True) -> Rebuilt:
+def replay(
+    run: Path, step: int | None = None, snapshot: bool = True, states: bool = False
+) -> Rebuilt:
     """The run as it was after a step.
 
     A step whose record holds its coefficients is applied without a forward pass, where all of them
@@ -85,6 +96,7 @@ def replay(run: Path, step: int | None = None, snapshot: bool = True) -> Rebuilt
         run: its folder.
         step: which, the last recorded one when not given; 0 is before the first.
         snapshot: whether to start from a snapshot, where there is one, and not from the beginning.
+        states: whether those of estimator and allocator are wanted too, and not the weights alone.
 
     Raises:
         MissingError: the folder holds no run or no ledger.
@@ -93,11 +105,16 @@ def replay(run: Path, step: int | None = None, snapshot: bool = True) -> Rebuilt
     """
     recipe, ledger = recipe_of(run), ledger_of(run)
     last = ledger.steps if step is None else step
-    if not 0 <= last <= ledger.steps:
-        raise UsageError(f"--step must be from 0 to {ledger.steps}, what {run} has; got {step}.")
+    begun = ledger.header.get("parent", {"step": 0, "run": ""})
+    if not begun["step"] <= last <= ledger.steps:
+        before = f"; steps before that are those of {begun['run']}" if begun["step"] else ""
+        raise UsageError(
+            f"--step must be from {begun['step']} to {ledger.steps}, what {run} has; got {step}"
+            f"{before}."
+        )
     assembly = assemble(recipe)
     trainer = assembly.trainer
-    journal = trainer.journal = _Past(ledger, run, last, snapshot)
+    journal = trainer.journal = _Past(ledger, run, last, snapshot, states)
     with trainer._mode(trainer.train_mode):
         trainer._choose()
         other = unlike(ledger.header, beginning(trainer, course(recipe.resolved())))
@@ -111,22 +128,26 @@ def replay(run: Path, step: int | None = None, snapshot: bool = True) -> Rebuilt
             journal.append(at, made.estimate)
             trainer._advance(at, made, time.monotonic())
             del made
-    return Rebuilt(recipe, assembly, last, first, journal.made)
+    return Rebuilt(recipe, assembly, last, first, journal.made, at)
 
 
 class _Past(Journal):
     """Gives steps as they were, and writes nothing."""
 
-    def __init__(self, ledger: Ledger, run: Path, last: int, snapshot: bool) -> None:
+    def __init__(self, ledger: Ledger, run: Path, last: int, snapshot: bool, states: bool) -> None:
         self.ledger, self.run, self.last, self.snapshot = ledger, run, last, snapshot
-        self.made = 0
+        self.states, self.made = states, 0
 
     def resume(self, trainer: Any, at: Progress) -> Progress:
         self.trainer = trainer
         self.first = self._newest() if self.snapshot else None
+        if self.first is None and "parent" in self.ledger.header:
+            self.first = parent_state(self.run, self.ledger)
         start = 0 if self.first is None else int(self.first.meta["step"])
         records = (self.ledger.record(step) for step in range(start + 1, self.last + 1))
-        self.told = all(record.coefficients is not None for record in records)
+        self.told = all(
+            record.alone if self.states else record.coefficients is not None for record in records
+        )
         if self.first is None:
             return at
         if not self.told:

@@ -53,10 +53,11 @@ def rewind(run: Path, window: int) -> tuple[int, Rebuilt | None]:
         FwdlearnError: as `replay`.
     """
     ledger = ledger_of(run)
-    step = last_good([record.loss for record in ledger], window)
+    begun = ledger.header.get("parent", {"step": 0})["step"]
+    step = max(begun, last_good([record.loss for record in ledger], window))
     kept = [at for at, _ in snapshots.in_folder(run / SNAPSHOTS)]
     told = all(record.coefficients is not None for record in ledger)
-    passes = step - max((at for at in kept if at <= step), default=0)
-    if told or passes <= ledger.steps - min(kept, default=0):
+    passes = step - max((at for at in kept if at <= step), default=begun)
+    if told or passes <= ledger.steps - min(kept, default=begun):
         return step, replay(run, step)
     return step, None

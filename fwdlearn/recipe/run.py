@@ -16,9 +16,11 @@ from typing import Any
 
 from fwdlearn.errors import FwdlearnError, NonFiniteError, UsageError
 from fwdlearn.ledger.journal import LEDGER, RunJournal
+from fwdlearn.ledger.records import Ledger
 from fwdlearn.recipe.build import Assembly, assemble, device_of
 from fwdlearn.recipe.environment import environment
 from fwdlearn.recipe.folder import RunFolder, course, differences, status
+from fwdlearn.recipe.fork import check_same_parent, parent_of
 from fwdlearn.recipe.load import Recipe
 from fwdlearn.recipe.rewind import rewind
 from fwdlearn.recipe.source import Problem
@@ -46,7 +48,12 @@ class Interrupted(BaseException):
         return 128 + self.number
 
 
-def train(recipe: Recipe, console: Console | None = None) -> tuple[dict[str, Any], Path]:
+def train(
+    recipe: Recipe,
+    console: Console | None = None,
+    fork: Path | None = None,
+    step: int | None = None,
+) -> tuple[dict[str, Any], Path]:
     """Trains, and leaves a folder with everything about the run.
 
     A folder that holds the run already is gone on with where that run came to; nothing is done
@@ -55,6 +62,9 @@ def train(recipe: Recipe, console: Console | None = None) -> tuple[dict[str, Any
     Args:
         recipe: from `load_recipe`.
         console: where progress is shown; nowhere when not given.
+        fork: the folder of a run whose state this one begins with, if it has not begun yet.
+        step: after which of its steps; the last one when not given, of a run that diverged the
+            last good one.
 
     Returns:
         The content of `summary.json`, and the folder.
@@ -66,8 +76,8 @@ def train(recipe: Recipe, console: Console | None = None) -> tuple[dict[str, Any
         Interrupted: SIGINT, SIGTERM or SIGHUP came; the summary has status `interrupted`, the
             weights reached so far are saved, and the run can be gone on with.
     """
-    folder = _open(recipe)
-    run = _Run(recipe, folder, console)
+    folder = _open(recipe, fork, step)
+    run = _Run(recipe, folder, console, fork, step)
     try:
         if status(folder.path) == "finished":
             return run.told(), folder.path
@@ -86,8 +96,16 @@ def train(recipe: Recipe, console: Console | None = None) -> tuple[dict[str, Any
 class _Run:
     """One run under way. It is itself a sink, to know how far training came."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, console: Console | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        console: Console | None,
+        fork: Path | None = None,
+        step: int | None = None,
+    ) -> None:
         self.recipe = recipe
+        self.fork, self.step = fork, step
         self.folder = folder
         self.console = console
         self.sinks: list[Sink] = []
@@ -122,6 +140,11 @@ class _Run:
             sink = component(folder=folder.path, config=resolved, warn=self.warn)
             self.sinks.append(Background(sink, component.name, self.warn))
         self.assembly = assemble(recipe, self.sinks)
+        parent = None
+        if self.fork is not None and not (folder.path / LEDGER).exists():
+            parent = parent_of(self.fork, self.step, recipe)
+            for section in parent.fresh:
+                self.say(f"the state of the {section} begins anew: its section has changed")
         self.journal = self.assembly.trainer.journal = RunJournal(
             folder.path,
             course(resolved),
@@ -130,7 +153,10 @@ class _Run:
             self.warn,
             recipe.output.snapshot_seconds,
             stop.hold,
+            parent,
         )
+        # The journal lets it go once it has been taken over.
+        del parent
         summary = self.assembly.trainer.train()
         self.journal.close()
         self.save_model()
@@ -235,15 +261,20 @@ class _Run:
 _SUMMARISED = ("queries", "seconds", "train.loss", "eval.loss", "eval.accuracy")
 
 
-def _open(recipe: Recipe) -> RunFolder:
+def _open(recipe: Recipe, fork: Path | None, step: int | None) -> RunFolder:
+    if fork is None and step is not None:
+        raise UsageError("--step says after which step to --fork a run; give both or neither")
     try:
         if recipe.output.dir is None:
-            return _unfinished(recipe) or RunFolder.next_free(Path("runs") / recipe.name)
+            found = _unfinished(recipe, fork, step)
+            return found or RunFolder.next_free(Path("runs") / recipe.name)
         path = Path(recipe.output.dir).expanduser()
         folder = RunFolder.named(path, recipe.output.overwrite)
         try:
             if (path / "resolved.yaml").exists():
                 _check_same(path, recipe)
+            if fork is not None and (path / LEDGER).exists():
+                check_same_parent(Ledger(path / LEDGER).header, fork, step, path)
         except BaseException:
             folder.close()
             raise
@@ -252,7 +283,7 @@ def _open(recipe: Recipe) -> RunFolder:
         raise recipe.error([Problem(("output", "dir"), str(error))]) from error
 
 
-def _unfinished(recipe: Recipe) -> RunFolder | None:
+def _unfinished(recipe: Recipe, fork: Path | None, step: int | None) -> RunFolder | None:
     """The last of the folders that are named after the recipe, if its run is this one."""
     path, number, last = Path("runs") / recipe.name, 1, None
     while path.exists():
@@ -262,6 +293,8 @@ def _unfinished(recipe: Recipe) -> RunFolder | None:
         return None
     try:
         same = not differences(_held(last), recipe.resolved())
+        if fork is not None:
+            check_same_parent(Ledger(last / LEDGER).header, fork, step, last)
         return RunFolder.named(last, overwrite=False) if same else None
     except UsageError:
         return None  # it is going on, or damaged
@@ -273,7 +306,8 @@ def _check_same(path: Path, recipe: Recipe) -> None:
         done = "a finished run" if status(path) == "finished" else "a run"
         raise UsageError(
             f"{path} holds {done} of another recipe: {'; '.join(differing)}. Choose another "
-            "output.dir, or output.overwrite=true to replace it."
+            f"output.dir, with --fork {path} to begin where it is, or output.overwrite=true to "
+            "replace it."
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fwdlearn.errors import FwdlearnError, StorageError
 from fwdlearn.ledger import snapshots
 from fwdlearn.ledger.header import tensors_of
-from fwdlearn.ledger.journal import SNAPSHOTS
+from fwdlearn.ledger.journal import PARENT, SNAPSHOTS, parent_state
 from fwdlearn.recipe.folder import course, differences, status
 from fwdlearn.recipe.replay import ledger_of, recipe_of, replay
 from fwdlearn.recipe.weights import DESCRIPTION, read_model
@@ -54,6 +54,12 @@ def verify(run: Path, rebuild: bool = False) -> list[Finding]:
     other = differences(ledger.header["recipe"], course(recipe.resolved()))
     says = f"not the one that the ledger began with: {'; '.join(other)}" if other else "as begun"
     found.append(Finding("recipe", says, not other))
+    if "parent" in ledger.header:
+        try:
+            parent_state(run, ledger)
+            found.append(Finding(PARENT, "sound"))
+        except StorageError as error:
+            found.append(Finding(PARENT, str(error), sound=False))
     for step, snapshot in snapshots.valid(run / SNAPSHOTS):
         if isinstance(snapshot, StorageError):
             found.append(Finding(f"snapshot of step {step}", str(snapshot), sound=False))

@@ -186,7 +186,8 @@ def test_train_eval_explain(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["train", "tiny.yaml", "output.dir=runs/tiny", "seed=1"]) == 2
     assert capsys.readouterr().err == (
         "command line: output.dir: runs/tiny holds a finished run of another recipe: seed is 0 "
-        "there and 1 here. Choose another output.dir, or output.overwrite=true to replace it.\n"
+        "there and 1 here. Choose another output.dir, with --fork runs/tiny to begin where it is, "
+        "or output.overwrite=true to replace it.\n"
     )
     assert main(["train", "runs/tiny/resolved.yaml", "output.dir=again", "--quiet"]) == 0
     third = json.loads((here / "again/summary.json").read_text())
