@@ -324,7 +324,7 @@ def _backprop(trainer: Trainer, rule: Allocator) -> list[float]:
         batch = trainer.batch(step)
         losses = cross_entropy(trainer.model(*batch.args), batch.targets)
         signals = {"loss": losses.detach()}
-        seen.append(float(losses.mean()))
+        seen.append(float(losses.detach().mean()))
         plan, state = rule.allocate(
             len(batch), signals, state, key=Key.root(trainer.seed).fold(step)
         )

@@ -272,6 +272,17 @@ class Trainer:
                 scores.add(*self.engine.evaluate(batch), batch.targets)
         return scores.result()
 
+    def estimate(self) -> Estimate:
+        """The estimate of the first step; nothing is changed by it.
+
+        Raises:
+            NonFiniteError: its loss is not finite.
+        """
+        with self._mode(self.train_mode):
+            self._choose()
+            at = self.start()
+            return self._estimate(0, at.state, at.plans)[0].estimate
+
     def explain(self) -> dict[str, Any]:
         """What a run would do and take, from a few steps that are thrown away.
 

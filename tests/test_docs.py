@@ -19,7 +19,7 @@ from fwdlearn.recipe.text import parse
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-READERS = {"train": load_recipe, "validate": load_recipe, "explain": load_recipe, "compare": plan}
+READERS = dict.fromkeys(("train", "validate", "explain", "tune"), load_recipe) | {"compare": plan}
 
 
 # What the code of a page prints, where that says whether it works.

@@ -288,6 +288,35 @@ def explain(recipe: RecipeWord, overrides: Overrides = None, as_json: AsJson = F
 
 
 @app.command()
+def tune(
+    recipe: RecipeWord,
+    overrides: Overrides = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=1, help="That the short runs may take together.")
+    ] = 120.0,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Writes the recipe, tuned.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find sigma and learning rate for a recipe, by short runs."""
+    from fwdlearn.recipe.load import load_recipe
+
+    load_recipe(recipe, overrides or ())
+    if out is not None and out.exists():
+        raise UsageError(f"{out} is there already; choose another name for --out")
+
+    from fwdlearn.cli.tuning import show
+    from fwdlearn.recipe.tune import tune as probe
+
+    found = probe(recipe, overrides or (), seconds)
+    if out is not None:
+        words = [*(overrides or ()), *found.words]
+        out.write_text(load_recipe(recipe, words).to_yaml(), "utf-8")
+    show(recipe, found, out, as_json)
+
+
+@app.command()
 def check(
     target: Annotated[
         str,
