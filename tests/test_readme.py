@@ -17,6 +17,7 @@ README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- table: `pytest --rewrite-golden` writes it -->\n", "<!-- end of table -->"
 # Enough to run a command, not to learn.
 SHORT = {
+    "fwdlearn tune my.yaml": ["--seconds", "2"],
     "fwdlearn train quickstart trainer.steps=300 seed=1": ["trainer.steps=3"],
     "fwdlearn explain my.yaml": ["trainer.batch_size=8"],
     "fwdlearn compare quickstart estimators=SPSA": ["trainer.steps=2", "seeds=0"],
@@ -81,7 +82,7 @@ def test_the_example_of_an_own_estimator_conforms(tmp_path: Path) -> None:
 
 def test_the_commands_work(tmp_path: Path) -> None:
     commands = blocks("sh")[2].splitlines()
-    assert len(commands) == 9
+    assert len(commands) == 10
     for line in commands:
         words = shlex.split(line, comments=True)
         command = " ".join(words)

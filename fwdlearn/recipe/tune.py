@@ -106,8 +106,8 @@ class Probe:
         if "optimizer.schedule" in self.whole.components:
             self.words.append("~optimizer.schedule")
         given = self.whole.source.data.get("trainer") or {}
-        self.words += [f"~trainer.{name}" for name in ("queries", "evaluate_every") if name in given]
-        self.words.append("trainer.steps=1")
+        removed = [name for name in ("queries", "evaluate_every") if name in given]
+        self.words += [*(f"~trainer.{name}" for name in removed), "trainer.steps=1"]
         data, self.built = load_parts(self.whole)
         self.data = dataclasses.replace(data, evaluation=None)
 
