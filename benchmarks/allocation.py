@@ -427,7 +427,9 @@ def plot(results: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     first = next(iter(ESTIMATORS))
-    mine = [r for r in results["variance"] if r["estimator"] == first]
+    mine = sorted(
+        (r for r in results["variance"] if r["estimator"] == first), key=lambda r: int(r["steps"])
+    )
     for rule in dict.fromkeys(r["rule"] for r in mine):
         line = [(r["steps"], r["of_uniform"]) for r in mine if r["rule"] == rule]
         left.plot(*zip(*line, strict=True), "o-", label=rule)
@@ -440,8 +442,9 @@ def plot(results: Mapping[str, Any]) -> None:
         by.setdefault((r["rule"], r["directions"]), []).append(r["curve"])
     for (rule, directions), curves in by.items():
         means = [mean(values) for values in zip(*curves, strict=True)]
-        epochs = range(1, len(means) + 1)
-        right.plot(epochs, means, label=rule if "backprop" in rule else f"{rule}, {directions}")
+        epochs, style = range(1, len(means) + 1), ":" if "pooled" in rule else "-"
+        label = rule if "backprop" in rule else f"{rule}, {directions}"
+        right.plot(epochs, means, style if directions == 4 else "--", label=label)
     right.set(yscale="log", xlabel="epochs of fine-tuning", ylabel="training loss, mean of 6 seeds")
     for panel in (left, right):
         panel.legend(fontsize=7)
