@@ -220,8 +220,24 @@ def load(target: str) -> Any:
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice that `word` was most likely meant to be, or None."""
     by_lower = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    # One slip of the fingers is a likeness that no share of common letters shows in short words.
+    slips = {near: choice for near, choice in by_lower.items() if _one_slip(word.lower(), near)}
+    cutoff = 0.0 if slips else 0.6
+    close = difflib.get_close_matches(word.lower(), slips or by_lower, n=1, cutoff=cutoff)
     return by_lower[close[0]] if close else None
+
+
+def _one_slip(one: str, other: str) -> bool:
+    """Whether a letter is wrong, missing, additional or exchanged with the next one."""
+    short, long = sorted((one, other), key=len)
+    same = next(
+        (i for i, pair in enumerate(zip(short, long, strict=False)) if len(set(pair)) > 1),
+        len(short),
+    )
+    rest, more = short[same:], long[same:]
+    if len(rest) < len(more):
+        return rest == more[1:]
+    return rest[1:] == more[1:] or rest[:2] == more[1::-1] and rest[2:] == more[2:]
 
 
 def suggest(word: str, choices: Iterable[str], most: int = 12) -> str:

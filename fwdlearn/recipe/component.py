@@ -13,6 +13,7 @@ from typing import Any
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
 from fwdlearn.recipe.annotations import convert, expressible, shown
 from fwdlearn.recipe.definitions import definition
+from fwdlearn.recipe.locate import COMPONENTS, GROUPS
 from fwdlearn.recipe.source import Path, Problem, dotted
 from fwdlearn.registry import KINDS, entries, load, suggest, target_of
 
@@ -208,7 +209,8 @@ def _check_names(
         if key in provided and key in required:
             problems.append(Problem((*path, key), "given by fwdlearn; remove it", "key"))
         elif key not in known and not open_ended:
-            way = suggest(key, known) if known else "it takes no arguments"
+            beside = [inner[-1] for inner in (*COMPONENTS, GROUPS) if inner[:-1] == path]
+            way = suggest(key, [*known, *map(str, beside)]) if known else "it takes no arguments"
             problems.append(Problem((*path, key), f"unknown argument; {way}", "key"))
     for key in known if kind != "group" else ():
         if required[key] and given.get(key) is None and key not in filled:

@@ -12,7 +12,7 @@ from fwdlearn.recipe.locate import COMPONENTS, GROUPS, read, recipe_name
 from fwdlearn.recipe.schema import CompareSection, Fixed, OutputSection, TrainerSection, check_fixed
 from fwdlearn.recipe.source import Path, Problem, Source, dotted
 from fwdlearn.recipe.text import dump
-from fwdlearn.registry import entries, suggest
+from fwdlearn.registry import entries, nearest, suggest
 
 DEFAULTS = {"objective": "cross_entropy", "allocator": "Uniform"}
 
@@ -154,6 +154,8 @@ def _sections(data: dict[str, Any]) -> tuple[list[Section], list[Problem]]:
         if not isinstance(section, dict):
             message = f"must be `name:` and arguments, got {section!r}"
             problems.append(Problem(path, message))
+        elif section.get("name") is None and (typo := _meant_name(section)) is not None:
+            problems.append(Problem((*path, typo), "unknown key; did you mean 'name'?", "key"))
         elif not isinstance(section.get("name"), str):
             state = "missing" if section.get("name") is None else "must be text"
             names = suggest(str(section.get("name", "")), entries(kind))
@@ -184,6 +186,12 @@ def _sections(data: dict[str, Any]) -> tuple[list[Section], list[Problem]]:
         else:
             found.append(("sink", path, name, section if isinstance(section, dict) else {}))
     return found, problems
+
+
+def _meant_name(section: Mapping[str, Any]) -> str | None:
+    """The key that was meant to be `name`, if one comes near."""
+    meant = (key for key, value in section.items() if isinstance(value, str))
+    return next((key for key in meant if nearest(key, ["name"])), None)
 
 
 def _groups(name: str, groups: Any) -> tuple[list[Section], list[Problem]]:

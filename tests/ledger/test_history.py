@@ -122,8 +122,8 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(
     assert main(["train", "r.yaml", "output.dir=run", "optimizer.lr=0.5", "seed=4"]) == 2
     assert capsys.readouterr().err == (
         "command line: output.dir: run holds a run of another recipe: optimizer.lr is 0.01 there "
-        "and 0.5 here; seed is 3 there and 4 here. Choose another output.dir, or "
-        "output.overwrite=true to replace it.\n"
+        "and 0.5 here; seed is 3 there and 4 here. Choose another output.dir, "
+        "with --fork run to begin where it is, or output.overwrite=true to replace it.\n"
     )
     # What decides nothing may change.
     assert main(["train", "r.yaml", "output.dir=run", "--quiet"]) == 0
