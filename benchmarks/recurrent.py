@@ -30,8 +30,8 @@ from fwdlearn.recipe.load import load_recipe
 SEEDS = (0, 1, 2)
 # Task -> its figure, and the queries of a run.
 TASKS = {
-    "delayed-recall": ("nmse", 172_800),
-    "mackey-glass": ("nmse", 172_800),
+    "delayed-recall": ("nmse", 57_600),
+    "mackey-glass": ("nmse", 57_600),
     "copying-memory": ("accuracy", 432_000),
     "adding-problem": ("nmse", 960_000),
 }
