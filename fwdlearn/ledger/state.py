@@ -43,6 +43,8 @@ def held(trainer: Trainer, at: Progress) -> State:
         "weights": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
         "buffers": dict(model.named_buffers()),
         "optimizer": trainer.optimizer.state_dict(),
+        # Which tensors its numbers stand for: modules may be registered in another order.
+        "order": _order(trainer),
         "schedule": getattr(schedule, "state_dict", lambda: None)(),
         "rungs": {name: (choice.rung, choice.reason) for name, choice in _rungs(trainer).items()},
         "halvings": trainer.engine.room.halvings,
@@ -67,7 +69,10 @@ def put_back(state: State, trainer: Trainer) -> Progress:
     with torch.inference_mode():
         for name, value in (tree["weights"] | tree["buffers"]).items():
             own[name].copy_(value)
-    _load(trainer.optimizer, tree["optimizer"])
+    saved = tree["optimizer"]
+    if "order" in tree:
+        saved = _numbered(saved, tree["order"], _order(trainer))
+    _load(trainer.optimizer, saved)
     if tree["schedule"] is not None:
         trainer.schedule.load_state_dict(tree["schedule"])  # type: ignore[union-attr]
     for name, choice in _rungs(trainer).items():
@@ -101,6 +106,31 @@ def _rungs(trainer: Trainer) -> dict[str, Choice]:
     if exact is not None and exact.choice is not None:
         found["slopes"] = exact.choice
     return found
+
+
+def _order(trainer: Trainer) -> list[list[str]]:
+    """The names of the parameters of each group of the optimizer."""
+    names = {id(value): name for name, value in trainer.engine.params.items()}
+    groups = trainer.optimizer.param_groups
+    return [[names.get(id(value), "") for value in group["params"]] for group in groups]
+
+
+def _numbered(saved: dict[str, Any], then: list[list[str]], now: list[list[str]]) -> dict[str, Any]:
+    """An optimizer's state with the numbers that its parameters have now.
+
+    Raises:
+        ValueError: its groups hold others.
+    """
+    if [sorted(group) for group in then] != [sorted(group) for group in now]:
+        raise ValueError("the optimizer's groups hold other parameters than they did")
+    number = {name: place for place, name in enumerate(n for group in now for n in group)}
+    old = [name for group in then for name in group]
+    groups = [
+        {**group, "params": [number[name] for name in names]}
+        for group, names in zip(saved["param_groups"], now, strict=True)
+    ]
+    state = {number[old[place]]: values for place, values in saved["state"].items()}
+    return {**saved, "state": state, "param_groups": groups}
 
 
 def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -44,6 +44,19 @@ def recipe(
     )
 
 
+RNN = """\
+model: {name: recurrent, cell: gru, hidden: [6]}
+data: {name: delayed_recall, steps: 12, delay: 3, evaluation_rows: 16}
+objective: {name: mean_squared_error}
+"""
+
+
+def through_time(estimator: str, optimizer: str, every: str = "null") -> str:
+    """The text of a recipe of a recurrent network, updated every few steps of its sequences."""
+    rest = recipe(estimator, optimizer).split("\n", 2)[2]
+    return RNN + rest.replace("batch_size: 8,", f"batch_size: 8, every: {every},")
+
+
 # Coefficients alone tell the first three; the others have states, or gradients of another kind.
 CASES = {
     "perturbation-adam": recipe("{name: RandomPerturbation}", ADAM),
@@ -62,6 +75,9 @@ CASES = {
     "perturbation-adam-bfloat16": recipe("{name: RandomPerturbation, sigma: 0.05}", ADAM, SHORT),
     "likelihood-ratio-momentum": recipe("{name: LikelihoodRatio, sigma: 0.1}", MOMENTUM),
     "likelihood-ratio-adam-bfloat16": recipe("{name: LikelihoodRatio, sigma: 0.2}", ADAM, SHORT),
+    "causal-adam": through_time("{name: CausalNodePerturbation}", ADAM),
+    "causal-every-momentum": through_time("{name: CausalNodePerturbation}", MOMENTUM, every="5"),
+    "perturbation-every-sgd": through_time("{name: RandomPerturbation}", SGD, every="4"),
     "slopes-frank-wolfe": recipe("{name: ForwardGradient}", FRANK_WOLFE),
 }
 

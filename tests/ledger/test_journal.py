@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fwdlearn.allocators import AdaptiveDirections
 from fwdlearn.errors import FwdlearnError, StorageError, UsageError
@@ -87,6 +88,59 @@ def test_going_on_is_the_same_in_every_bit(
     # The first is thrown away: it lets the engine decide as it did.
     left = [4, 5] if alone else ([3, 4, 5] if not seconds else [0, 1, 2, 3, 4, 5])
     assert asked == [0, *left]
+
+
+class _Layers(nn.Module):
+    """The same layers under the same names, registered in some order."""
+
+    def __init__(self, order: Sequence[str]) -> None:
+        super().__init__()
+        made = {"0": nn.Linear(6, 6), "1": nn.Linear(6, 6), "2": nn.Linear(6, 4)}
+        chance = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for layer in made.values():
+                for parameter in layer.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=chance) / 2)
+        for name in order:
+            self.add_module(name, made[name])
+
+    def forward(self, x: Any) -> Any:
+        for name in ("0", "1", "2"):
+            x = torch.tanh(self.get_submodule(name)(x))
+        return x
+
+
+@pytest.mark.parametrize("estimator", [RandomPerturbation(1e-2), ForwardGradient(guess="momentum")])
+def test_the_order_of_registration_is_nothing(tmp_path: Path, estimator: Any) -> None:
+    parts = {"estimator": estimator}
+    whole = Run(tmp_path / "whole", model=_Layers("012"), **parts).train()
+    # From the start, from a snapshot in the middle, and from records alone.
+    for name, order, seconds in (("a", "210", 0.0), ("b", "120", 0.0), ("c", "021", 1e9)):
+        if name != "a":
+            first = Run(tmp_path / name, seconds=seconds, model=_Layers("012"), **parts)
+            _stop_at(first, step=4)
+        again = Run(tmp_path / name, seconds=seconds, model=_Layers(order), **parts)
+        assert equal(again.train(), whole)
+        assert not again.warned
+        data = [(tmp_path / n / "ledger.bin").read_bytes() for n in ("whole", name)]
+        assert data[0] == data[1]
+
+
+@pytest.mark.parametrize("budget", [20_000, 100_000, None])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_records_give_the_same_weights_with_blocks_of_any_size(
+    tmp_path: Path, budget: int | None, optimizer: Any
+) -> None:
+    parts = {"optimizer": lambda params: optimizer(params, lr=0.05), "seconds": 1e9}
+    Run(tmp_path / "run", **parts).train()
+    wanted = Run(tmp_path / "run", **parts).train()
+    again = Run(tmp_path / "run", memory_budget=budget, **parts)
+    halved = Run(tmp_path / "run", **parts)
+    halved.trainer.engine.room.halvings = 4
+    assert equal(again.train(), wanted) and equal(halved.train(), wanted)
+    assert not again.warned and not halved.warned
+    sizes = [run.trainer.engine.blocks.peak for run in (again, halved)]  # type: ignore[union-attr]
+    assert budget is None or sizes[0] <= budget
 
 
 def test_records_with_coefficients_are_small(tmp_path: Path) -> None:

@@ -11,7 +11,12 @@ import pytest
 from tests.ledger.killing import CASES, kill_and_compare
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
-QUICK = ("perturbation-adam", "adaptive-momentum", "spsa-momentum-bfloat16")
+QUICK = (
+    "perturbation-adam",
+    "adaptive-momentum",
+    "spsa-momentum-bfloat16",
+    "causal-every-momentum",
+)
 
 
 @pytest.mark.parametrize("name", QUICK)
