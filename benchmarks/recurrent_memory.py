@@ -22,7 +22,9 @@ from benchmarks.live import LiveBytes
 from benchmarks.results import write
 from benchmarks.timing import interleaved
 from fwdlearn.allocator import Plan
+from fwdlearn.allocators import Uniform
 from fwdlearn.batch import Batch
+from fwdlearn.data import delayed_recall
 from fwdlearn.engine.through_time import TimeEngine
 from fwdlearn.estimator import Estimator
 from fwdlearn.estimators import (
@@ -35,6 +37,7 @@ from fwdlearn.keys import Key
 from fwdlearn.models.recurrent import Recurrent
 from fwdlearn.objectives import mean_squared_error
 from fwdlearn.step_oracle import StepOracle
+from fwdlearn.trainer import Trainer
 
 RECORD = Path(__file__).parent.parent / "records" / "recurrent"
 LENGTHS = (100, 300, 1000, 3000, 10_000)
@@ -104,22 +107,30 @@ def memory() -> list[dict[str, Any]]:
     return found
 
 
-def training(steps: int = 10_000, updates: int = 60) -> list[float]:
-    """Losses before each update, on sequences of so many steps."""
-    model, losses = network(16), []
-    engine = TimeEngine(model, mean_squared_error)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    estimator = RandomPerturbation()
-    for number in range(updates):
-        grad = estimated(estimator, engine, recall(steps, 2, number), 64, number)
-        losses.append(float(grad.pop("loss")))
-        for name, value in engine.params.items():
-            value.grad = grad[name]
-        optimizer.step()
-        schedule.step()
-        print(f"update {number}: {losses[-1]:.4f}", flush=True)
-    return losses
+def training(steps: int = 10_000) -> list[dict[str, Any]]:
+    """Recall in sequences of so many steps: updates of whole ones, and within them."""
+    found: list[dict[str, Any]] = []
+    data = delayed_recall(steps, DELAY, evaluation_rows=4)
+    for every, updates, lr in ((None, 20, 0.03), (50, 400, 0.01)):
+        model = network(16)
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        trainer = Trainer(
+            model,
+            data,
+            mean_squared_error,
+            RandomPerturbation(),
+            Uniform(32),
+            optimizer,
+            schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates),
+            batch_size=2,
+            steps=updates,
+            every=every,
+        )
+        first = trainer.evaluate()["nmse"]
+        last = trainer.train()["eval.nmse"]
+        found.append({"every": every or steps, "updates": updates, "first": first, "nmse": last})
+        print(found[-1], flush=True)
+    return found
 
 
 def folding(rounds: int = 5) -> dict[str, dict[str, float]]:

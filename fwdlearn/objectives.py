@@ -85,15 +85,19 @@ def per_step(targets: Tensor) -> bool:
     return targets.dim() > (2 if targets.is_floating_point() else 1)
 
 
+def counted(targets: Tensor) -> Tensor:
+    """bool [rows, steps]: which steps count, of targets at every step."""
+    if targets.is_floating_point():
+        return ~targets.flatten(2).isnan().any(2)
+    return targets != NOT_COUNTED
+
+
 def step_weights(targets: Tensor) -> Tensor:
     """float64 [rows, steps]: 1 over the number of a row's steps that count, where one does.
 
     A row of which no step counts has weights and loss 0.
     """
-    if targets.is_floating_point():
-        counts = ~targets.flatten(2).isnan().any(2)
-    else:
-        counts = targets != NOT_COUNTED
+    counts = counted(targets)
     return counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
 
 

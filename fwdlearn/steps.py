@@ -18,7 +18,10 @@ from torch import Tensor
 
 from fwdlearn.batch import Batch
 from fwdlearn.errors import UsageError
-from fwdlearn.objectives import at_step, per_step, step_weights
+from fwdlearn.objectives import at_step, counted, per_step
+
+# Steps that are looked at together.
+_PART = 256
 
 State = dict[str, Tensor]
 """What a model carries from step to step: name -> [rows, ...]."""
@@ -143,22 +146,22 @@ class Sequences:
         return self.targets[:, step] if self.each else self.targets
 
     def weight(self, step: int) -> Tensor:
-        """float64 [rows]: what a step that counts counts."""
-        return self._weights[:, step if self.each else 0]
+        """float64 [rows]: what a step that counts counts, see `objectives.step_weights`."""
+        if not self.each:
+            return torch.ones(self.rows, dtype=torch.float64, device=self.targets.device)
+        return counted(self.targets[:, step : step + 1])[:, 0] / self._counts[0]
 
     def counts(self, step: int) -> bool:
         """Whether a step counts for some row."""
-        return self._counting[step]
+        return self._counts[1][step] if self.each else step == self.steps - 1
 
     @cached_property
-    def _weights(self) -> Tensor:
-        if self.each:
-            return step_weights(self.targets)
-        return torch.ones(self.rows, 1, dtype=torch.float64, device=self.targets.device)
-
-    @cached_property
-    def _counting(self) -> Sequence[bool]:
-        if not self.each:
-            return [step == self.steps - 1 for step in range(self.steps)]
-        found: list[bool] = (self._weights > 0).any(0).tolist()
-        return found
+    def _counts(self) -> tuple[Tensor, Sequence[bool]]:
+        """Of each row how many steps count, float64 and at least 1; whether each step does."""
+        total, some = torch.zeros(self.rows, device=self.targets.device), list[bool]()
+        # In parts: what there is to know of a long sequence takes no room.
+        for part in self.targets.split(_PART, 1):
+            counts = counted(part)
+            total += counts.sum(1)
+            some += counts.any(0).tolist()
+        return total.clamp(min=1).double(), some
