@@ -383,7 +383,11 @@ class Trainer:
 
         Directions stay where they are until a sequence is over.
         """
-        return self.key.fold("step").fold(step // self._pieces)
+        number = step // self._pieces
+        # Asked for more than once a step, and a thousandth of a short one.
+        if getattr(self, "_keyed", (None,))[0] != number:
+            self._keyed = (number, self.key.fold("step").fold(number))
+        return self._keyed[1]
 
     def _made(self, at: Progress) -> _Step:
         """The estimate of the step `at.step`, which counts from 1: from the journal, or made."""

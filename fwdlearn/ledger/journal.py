@@ -303,7 +303,7 @@ def record_of(
     grad, coefficients = estimate.grad, None
     if isinstance(grad, DirectionGradient) and header["family"] is not None:
         key = trainer.step_key(at.step - 1)
-        whole = grad.keys() == trainer.engine.params.keys()
+        whole = grad.directions.sites.keys() == trainer.engine.params.keys()
         if whole and family(grad) == header["family"] and grad.directions.key == key:
             # As the gradient uses them: nothing is lost.
             wide = any(site.dtype == torch.float64 for site in grad.directions.sites.values())

@@ -44,7 +44,7 @@ _SIZES = {0: 0, 1: 4, 2: 8}
 FRESH, ALONE = 0, 1
 """Flags: nothing; that the coefficients are all that a step was, beside weights and optimizer."""
 # What is made durable at once: the share of the run's time that waiting for the disk may take.
-_SHARE = 0.01
+_SHARE = 0.005
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ class LedgerWriter:
 
     A record is handed to the system before its step changes anything, so it survives the end of
     the process at once. It also survives the end of the system once it is synced, which is done at
-    once where that takes less than a hundredth of the time since it was done last, and otherwise
-    as soon as it would: what may be lost is computed again.
+    once where that takes less than a two-hundredth of the time since it was done last, and
+    otherwise as soon as it would: what may be lost is computed again.
 
     Args:
         path: a ledger.
