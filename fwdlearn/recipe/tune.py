@@ -162,7 +162,8 @@ def _sigmas(probe: Probe) -> Iterator[Sigma]:
     values = [usual * 10 ** ((n - SIGMAS // 2) / 2) for n in range(SIGMAS)]
     gaps, last = [], None
     for value in values:
-        trainer.estimator = dataclasses.replace(trainer.estimator, sigma=value)  # type: ignore[call-arg]
+        estimator: Any = trainer.estimator
+        trainer.estimator = dataclasses.replace(estimator, sigma=value)
         try:
             found = {name: one.clone() for name, one in trainer.estimate().grad.items()}
         except NonFiniteError:
