@@ -98,7 +98,7 @@ class ProjectedForwardGradient(Estimator):
 
     @classmethod
     def examples(cls) -> list[Self]:
-        return [cls(), cls(law="rademacher"), cls(law="gaussian", rank=1)]
+        return [cls(), cls(law="gaussian"), cls(law="gaussian", rank=1)]
 
 
 def _place(plan: Plan) -> Tensor:
