@@ -29,7 +29,7 @@ from fwdlearn.keys import Key
 from fwdlearn.local import learn_locally, local_rows
 from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
 from fwdlearn.metrics import Scores
-from fwdlearn.objectives import per_step
+from fwdlearn.objectives import per_step, step_weights
 from fwdlearn.oracle import ActivationOracle, ModelOracle, forbid_backward, require
 from fwdlearn.progress import Journal, Pieces, Progress, Window
 from fwdlearn.resolution import is_still, output_sum, refuse
@@ -466,6 +466,9 @@ class Trainer:
         budget = self.engine.memory_budget
         engine = self._engine(self.model)(self.model, output_sum, "auto", budget)
         batch, key = self.batch(0), self.step_key(0)
+        if self.every is not None and not step_weights(batch.targets).any():
+            # A piece of a sequence in which nothing counts tells nothing.
+            return
 
         def run(estimator: Estimator) -> Estimate:
             kind: Any = StepOracle if isinstance(engine, TimeEngine) else ModelOracle
