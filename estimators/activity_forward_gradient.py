@@ -34,11 +34,10 @@ from torch import Tensor
 
 from fwdlearn.allocator import Plan
 from fwdlearn.directions import check_law
-from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.keys import Key
 from fwdlearn.noise import NoiseSum, SiteNoise
-from fwdlearn.oracle import ActivationOracle
+from fwdlearn.oracle import ActivationOracle, require_fed
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,7 @@ class ActivityForwardGradient(Estimator):
     ) -> tuple[Estimate, Any]:
         """See `Estimator.estimate`; there is no state."""
         start = oracle.queries
-        for name, why in oracle.left_out.items():
-            raise UsageError(
-                f"ActivityForwardGradient has no gradient of {name}: {why}. Set its "
-                "requires_grad to False, or choose an estimator that perturbs weights."
-            )
+        require_fed(oracle.left_out, "ActivityForwardGradient")
         noise = SiteNoise(key, oracle.sites, plan.directions, self.law)
         losses, slopes = oracle.noisy_slopes(plan.row, noise, plan.direction)
         losses, slopes = losses.double(), slopes.double()

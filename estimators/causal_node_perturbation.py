@@ -51,12 +51,11 @@ from torch import Tensor
 
 from fwdlearn.allocator import Plan
 from fwdlearn.directions import Directions, check_law
-from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 from fwdlearn.noise import NoiseSum, SiteNoise
-from fwdlearn.oracle import Moment, TimeOracle
+from fwdlearn.oracle import Moment, TimeOracle, require_fed
 
 # A discount that has come to less than this counts no more.
 _LEAST = 1e-3
@@ -124,11 +123,7 @@ class CausalNodePerturbation(Estimator):
         key: Key,
         plan: Plan,
     ) -> tuple[Estimate, Any]:
-        for name, why in oracle.step_left_out.items():
-            raise UsageError(
-                f"CausalNodePerturbation has no gradient of {name}: {why}. Set its requires_grad "
-                "to False, or choose an estimator that perturbs weights."
-            )
+        require_fed(oracle.step_left_out, "CausalNodePerturbation")
         start = oracle.queries
         run, window = _Run(self, oracle, key, plan), self._window
         run.until_finite(run.all_later if window is None else partial(run.some_later, window))

@@ -47,11 +47,10 @@ from torch import Tensor
 from fwdlearn.allocator import Plan
 from fwdlearn.differences import Differences
 from fwdlearn.directions import check_law
-from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.keys import Key
 from fwdlearn.noise import GivenNoise, NoiseSum, SiteNoise
-from fwdlearn.oracle import ActivationOracle
+from fwdlearn.oracle import ActivationOracle, require_fed
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class NodePerturbation(Estimator):
         plan: Plan,
     ) -> tuple[Estimate, Any]:
         start = oracle.queries
-        _check_fed(self, oracle)
+        require_fed(oracle.left_out, type(self).__name__)
         clean = oracle.clean()
         differences = Differences(type(self).__name__, self.sigma, "clean", clean.losses, plan)
         noises, turn = self._noises(oracle, key, plan)
@@ -193,7 +192,7 @@ class ActivityNodePerturbation(Estimator):
         plan: Plan,
     ) -> tuple[Estimate, Any]:
         start = oracle.queries
-        _check_fed(self, oracle)
+        require_fed(oracle.left_out, type(self).__name__)
         clean = oracle.clean(outputs=True)
         units = sum(math.prod(site.shape) for site in oracle.sites.values())
         noise = SiteNoise(key, oracle.sites, plan.directions, self.law)
@@ -235,14 +234,6 @@ def _check(estimator: NodePerturbation | ActivityNodePerturbation) -> None:
     if not 0 < estimator.sigma < math.inf:
         raise ValueError(f"{owner}(sigma=...) must be positive, got {estimator.sigma!r}.")
     check_law(owner, estimator.law, None)
-
-
-def _check_fed(estimator: Estimator, oracle: ActivationOracle) -> None:
-    for name, why in oracle.left_out.items():
-        raise UsageError(
-            f"{type(estimator).__name__} has no gradient of {name}: {why}. Set its requires_grad "
-            "to False, or choose an estimator that perturbs weights."
-        )
 
 
 def _add(

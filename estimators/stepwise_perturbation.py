@@ -39,12 +39,11 @@ from torch import Tensor
 
 from fwdlearn.allocator import Plan
 from fwdlearn.directions import Directions, check_law
-from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 from fwdlearn.noise import GivenNoise, NoiseSum, SiteNoise
-from fwdlearn.oracle import TimeOracle
+from fwdlearn.oracle import TimeOracle, require_fed
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,7 @@ class StepwiseActivityPerturbation(Estimator):
         plan: Plan,
     ) -> tuple[Estimate, Any]:
         start, sites = oracle.queries, dict(oracle.step_sites)
-        for name, why in oracle.step_left_out.items():
-            raise UsageError(
-                f"StepwiseActivityPerturbation has no gradient of {name}: {why}. Set its "
-                "requires_grad to False, or choose an estimator that perturbs weights."
-            )
+        require_fed(oracle.step_left_out, "StepwiseActivityPerturbation")
 
         def noise(step: int) -> SiteNoise:
             return SiteNoise(key.fold(step), sites, plan.directions, self.law)

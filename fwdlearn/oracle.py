@@ -258,6 +258,20 @@ _OFFERS: Mapping[type, str] = {
 }
 
 
+def require_fed(left_out: Mapping[str, str], who: str) -> None:
+    """Raises UsageError for a parameter that noise at the outputs of layers tells nothing of.
+
+    Args:
+        left_out: name -> why, from the oracle.
+        who: the estimator.
+    """
+    for name, why in left_out.items():
+        raise UsageError(
+            f"{who} has no gradient of {name}: {why}. Set its requires_grad to False, or choose "
+            "an estimator that perturbs weights."
+        )
+
+
 def require(oracle: object, needs: type, who: str) -> None:
     """Raises UsageError, naming both sides, unless `oracle` satisfies the protocol `needs`."""
     if isinstance(oracle, needs):
@@ -358,9 +372,10 @@ class ModelOracle:
         if directions is None and self._known is not None:
             return self._known[row]
         with forbid_backward(), torch.inference_mode():
+            beside = self._beside(len(row))
             losses = self._retry(
                 lambda: self._engine.losses(
-                    self._batch, row, directions, direction, scale, self._dropout
+                    self._batch, row, directions, direction, scale, self._dropout, **beside
                 )
             )
         self._queries += len(row)
@@ -377,12 +392,17 @@ class ModelOracle:
                 self._kept = kept
             else:
                 with torch.inference_mode():
+                    beside = self._beside(self.rows)
                     clean = self._retry(
-                        lambda: self._engine.measure(self._batch, residual, self._dropout)
+                        lambda: self._engine.measure(self._batch, residual, self._dropout, **beside)
                     )
         self._queries += self.rows
         self._known = clean.losses.clone()
         return clean
+
+    def _beside(self, queries: int) -> dict[str, Any]:
+        """What the engine is told beside, of a question with so many queries."""
+        return {}
 
     def only(self, names: Collection[str]) -> Self:
         """The same oracle for a step that is about some parameters alone."""
@@ -395,8 +415,11 @@ class ModelOracle:
     ) -> tuple[Tensor, Tensor]:
         """See `SlopeOracle.slopes`."""
         with forbid_backward(), torch.inference_mode():
+            beside = self._beside(len(row))
             losses, slopes = self._retry(
-                lambda: self._engine.slopes(self._batch, row, directions, direction, self._dropout)
+                lambda: self._engine.slopes(
+                    self._batch, row, directions, direction, self._dropout, **beside
+                )
             )
         self._queries += len(row)
         return losses.clone(), slopes.clone()

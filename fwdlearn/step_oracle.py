@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
-from fwdlearn.engine.measured import Measured
 from fwdlearn.engine.moments import Moment
 from fwdlearn.engine.through_time import TimeEngine
 from fwdlearn.errors import UsageError
@@ -54,53 +54,6 @@ class StepOracle(ModelOracle):
         """What the next piece goes on with."""
         questions = [memory.after for memory in self._asked]
         return Carried(questions, self._steps_before + self.length())
-
-    def losses(
-        self,
-        row: Tensor,
-        directions: Directions | None = None,
-        direction: Tensor | None = None,
-        scale: Tensor | float = 0.0,
-    ) -> Tensor:
-        """See `ModelOracle.losses`."""
-        if directions is None and self._known is not None:
-            return self._known[row]
-        with forbid_backward(), torch.inference_mode():
-            memory = self._memory(len(row))
-            losses = self._retry(
-                lambda: self._engine.losses(
-                    self._batch, row, directions, direction, scale, self._dropout, memory
-                )
-            )
-        self._queries += len(row)
-        return losses.clone()
-
-    def slopes(
-        self, row: Tensor, directions: Directions, direction: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `SlopeOracle.slopes`."""
-        with forbid_backward(), torch.inference_mode():
-            memory = self._memory(len(row))
-            losses, slopes = self._retry(
-                lambda: self._engine.slopes(
-                    self._batch, row, directions, direction, self._dropout, memory
-                )
-            )
-        self._queries += len(row)
-        return losses.clone(), slopes.clone()
-
-    def measure(self, residual: bool, keep: bool = False) -> Measured:
-        """See `fwdlearn.signals.Measuring`."""
-        if keep:
-            return super().measure(residual, keep)
-        with forbid_backward(), torch.inference_mode():
-            memory = self._memory(self.rows)
-            clean = self._retry(
-                lambda: self._engine.measure(self._batch, residual, self._dropout, memory)
-            )
-        self._queries += self.rows
-        self._known = clean.losses.clone()
-        return clean
 
     def length(self) -> int:
         """See `TimeOracle.length`."""
@@ -156,6 +109,9 @@ class StepOracle(ModelOracle):
     @property
     def _steps_before(self) -> int:
         return 0 if self._before is None else self._before.steps
+
+    def _beside(self, queries: int) -> dict[str, Any]:
+        return {"memory": self._memory(queries)}
 
     def _memory(self, queries: int) -> Memory | None:
         """Of the next question, in a piece of sequences."""
