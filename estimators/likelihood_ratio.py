@@ -46,6 +46,7 @@ from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 from fwdlearn.noise import LAWS, Noise, NoiseSum, Output, SiteNoise
 from fwdlearn.oracle import ActivationOracle
+from fwdlearn.orthogonal import orthogonal_noise
 from fwdlearn.quasi import sobol_noise
 
 
@@ -58,9 +59,11 @@ class LikelihoodRatio(Estimator):
             absolute where it is on weights; positive.
         noise: on the "outputs" of layers; on the "weights"; or "hybrid": on weights where a layer
             has fewer of them than outputs and where no layer's output feeds them, else on outputs.
-        law: "rademacher", "gaussian", "laplace", or "sobol": scrambled Sobol points as normal
-            numbers, for 21201 noisy numbers a row at most and kept in memory. On weights
-            "rademacher" (rank-one directions) or "gaussian" (independent entries).
+        law: "rademacher", "gaussian", "laplace"; "orthogonal": Rademacher numbers, and the
+            directions of a row orthogonal, better where there are nearly as many of them as noisy
+            numbers in a row; or "sobol": scrambled Sobol points as normal numbers, for 21201 noisy
+            numbers a row at most. The last two are kept in memory. On weights "rademacher"
+            (rank-one directions) or "gaussian" (independent entries).
         baseline: what a noisy loss is compared with. "clean": the row's clean loss;
             "leave-one-out": the mean of the same row's others, better where noise is large;
             "antithetic": the loss under the opposite noise, at twice the queries.
@@ -94,7 +97,7 @@ class LikelihoodRatio(Estimator):
     def __post_init__(self) -> None:
         if self.weights is not None:
             object.__setattr__(self, "weights", tuple(self.weights))
-        where, laws = ("outputs", "weights", "hybrid"), (*LAWS, "sobol")
+        where, laws = ("outputs", "weights", "hybrid"), (*LAWS, "orthogonal", "sobol")
         if self.noise != "outputs":
             laws = ("rademacher", "gaussian")
         rules = {
@@ -165,7 +168,7 @@ class LikelihoodRatio(Estimator):
         grads.append(clean.gather(ChainMap(exact, *sums)))  # type: ignore[arg-type]
         grads.append({name: torch.zeros_like(value) for name, value in params.items()})
         info = {"coef_abs": differences.size, "nonfinite": torch.tensor(differences.nonfinite)}
-        if plan.sharing == 1 and self.law != "sobol":
+        if plan.sharing == 1 and self.law in LAWS:
             info["variance"] = variance
         grad: Mapping[str, Tensor] = ChainMap(*grads)  # type: ignore[arg-type]
         queries, rows = oracle.queries - start, differences.rows
@@ -230,6 +233,8 @@ class LikelihoodRatio(Estimator):
         names: tuple[str, ...],
     ) -> Noise:
         scales = {name: sizes[name] for name in names}
+        if self.law == "orthogonal":
+            return orthogonal_noise(key, sites, plan, scales, names, plan.row.device)
         if self.law == "sobol":
             return sobol_noise(key, sites, plan.directions, scales, names, plan.row.device)
         return SiteNoise(key, sites, plan.directions, self.law, scales, names)
@@ -243,6 +248,7 @@ class LikelihoodRatio(Estimator):
             cls(0.05, law="sobol"),
             cls(0.1, noise="weights", law="gaussian"),
             cls(0.02, noise="hybrid", weights=("*bias",)),
+            cls(0.05, law="orthogonal"),
         ]
 
 
