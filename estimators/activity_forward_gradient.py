@@ -66,7 +66,7 @@ class ActivityForwardGradient(Estimator):
 
     def estimate(
         self,
-        oracle: ActivationOracle,  # type: ignore[override]
+        oracle: ActivationOracle,
         params: Mapping[str, Tensor],
         state: Any,
         *,

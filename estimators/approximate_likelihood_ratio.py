@@ -83,7 +83,7 @@ class ApproximateLikelihoodRatio(Estimator):
 
     def estimate(
         self,
-        oracle: ActivationOracle,  # type: ignore[override]
+        oracle: ActivationOracle,
         params: Mapping[str, Tensor],
         state: Any,
         *,

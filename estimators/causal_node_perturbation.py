@@ -102,7 +102,7 @@ class CausalNodePerturbation(Estimator):
         check_law("CausalNodePerturbation", self.law, None)
 
     @property
-    def traits(self) -> Traits:  # type: ignore[override]
+    def traits(self) -> Traits:
         if self._window is None:
             return Traits(TimeOracle, "activations", "smoothed", 1, 2)
         return Traits(TimeOracle, "activations", "biased", 1, 1)
@@ -116,7 +116,7 @@ class CausalNodePerturbation(Estimator):
 
     def estimate(
         self,
-        oracle: TimeOracle,  # type: ignore[override]
+        oracle: TimeOracle,
         params: Mapping[str, Tensor],
         state: Any,
         *,
@@ -197,7 +197,7 @@ class PerturbationThroughTime(Estimator):
         check_law("PerturbationThroughTime", self.law, None)
 
     @property
-    def traits(self) -> Traits:  # type: ignore[override]
+    def traits(self) -> Traits:
         own = 1 if self.noise == "weights" else 2
         return Traits(
             TimeOracle, "weights" if self.noise == "weights" else "activations", "smoothed", 1, own
@@ -205,7 +205,7 @@ class PerturbationThroughTime(Estimator):
 
     def estimate(
         self,
-        oracle: TimeOracle,  # type: ignore[override]
+        oracle: TimeOracle,
         params: Mapping[str, Tensor],
         state: Any,
         *,

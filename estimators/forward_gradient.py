@@ -115,7 +115,7 @@ class ForwardGradient(Estimator):
             raise ValueError(f"ForwardGradient(decay=...) must be in [0, 1), got {self.decay!r}.")
 
     @property
-    def traits(self) -> Traits:  # type: ignore[override]
+    def traits(self) -> Traits:
         target: Literal["gradient", "biased"]
         target = "gradient" if self.combination == "mean" else "biased"
         own = 0 if self.guess is None else 1 + int(getattr(self.guess, "queries_per_row", 0))
@@ -123,7 +123,7 @@ class ForwardGradient(Estimator):
 
     def estimate(
         self,
-        oracle: SlopeOracle,  # type: ignore[override]
+        oracle: SlopeOracle,
         params: Mapping[str, Tensor],
         state: Any,
         *,

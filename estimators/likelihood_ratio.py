@@ -119,7 +119,7 @@ class LikelihoodRatio(Estimator):
             )
 
     @property
-    def traits(self) -> Traits:  # type: ignore[override]
+    def traits(self) -> Traits:
         groups = {"outputs": self.blocks, "weights": 1, "hybrid": self.blocks + 1}[self.noise]
         queries = groups * (2 if self.baseline == "antithetic" else 1)
         on_weights = self.noise == "weights"
@@ -131,7 +131,7 @@ class LikelihoodRatio(Estimator):
 
     def estimate(
         self,
-        oracle: ActivationOracle,  # type: ignore[override]
+        oracle: ActivationOracle,
         params: Mapping[str, Tensor],
         state: Balance,
         *,

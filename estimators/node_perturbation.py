@@ -80,7 +80,7 @@ class NodePerturbation(Estimator):
 
     def estimate(
         self,
-        oracle: ActivationOracle,  # type: ignore[override]
+        oracle: ActivationOracle,
         params: Mapping[str, Tensor],
         state: Any,
         *,
@@ -184,7 +184,7 @@ class ActivityNodePerturbation(Estimator):
 
     def estimate(
         self,
-        oracle: ActivationOracle,  # type: ignore[override]
+        oracle: ActivationOracle,
         params: Mapping[str, Tensor],
         state: Any,
         *,

@@ -69,7 +69,7 @@ class ProjectedForwardGradient(Estimator):
 
     def estimate(
         self,
-        oracle: SlopeOracle,  # type: ignore[override]
+        oracle: SlopeOracle,
         params: Mapping[str, Tensor],
         state: Any,
         *,

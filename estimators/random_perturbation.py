@@ -80,7 +80,7 @@ class RandomPerturbation(Estimator):
             )
 
     @property
-    def traits(self) -> Traits:  # type: ignore[override]
+    def traits(self) -> Traits:
         return Traits(LossOracle, "weights", "smoothed", 1, int(self.baseline == "clean"))
 
     def estimate(

@@ -60,7 +60,7 @@ class RTRL(Estimator):
 
     def estimate(
         self,
-        oracle: SlopeOracle,  # type: ignore[override]
+        oracle: SlopeOracle,
         params: Mapping[str, Tensor],
         state: Any,
         *,

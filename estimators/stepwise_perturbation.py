@@ -73,7 +73,7 @@ class StepwiseActivityPerturbation(Estimator):
 
     def estimate(
         self,
-        oracle: TimeOracle,  # type: ignore[override]
+        oracle: TimeOracle,
         params: Mapping[str, Tensor],
         state: Any,
         *,
@@ -135,7 +135,7 @@ class StepwiseWeightPerturbation(Estimator):
 
     def estimate(
         self,
-        oracle: TimeOracle,  # type: ignore[override]
+        oracle: TimeOracle,
         params: Mapping[str, Tensor],
         state: Any,
         *,

@@ -5,17 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
 from fwdlearn.allocator import Plan
 from fwdlearn.keys import Key
 
-if TYPE_CHECKING:
-    from fwdlearn.oracle import LossOracle
-
 State = Any
+# The protocol that `traits.needs` names; a subclass writes it out.
+Oracle = Any
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,13 @@ class Estimator(ABC):
     """Turns answers of an oracle into a gradient. Subclasses are frozen dataclasses.
 
     The oracle perturbs, forbids backward and counts queries; an estimator holds the coefficient
-    formula and nothing else. `traits` is a class attribute, or a property where settings decide.
+    formula and nothing else.
     """
 
-    traits: Traits
+    @property
+    def traits(self) -> Traits:
+        """What it needs and promises: a class attribute, or a property where settings decide."""
+        raise AttributeError(f"{type(self).__name__} must say its traits (see Traits).")
 
     def init(self, params: Mapping[str, Tensor]) -> State:
         """The state before the first step."""
@@ -93,7 +95,7 @@ class Estimator(ABC):
     @abstractmethod
     def estimate(
         self,
-        oracle: LossOracle,
+        oracle: Oracle,
         params: Mapping[str, Tensor],
         state: State,
         *,

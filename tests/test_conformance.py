@@ -98,7 +98,7 @@ class NodePerturbation(Estimator):
     antithetic: bool = False
 
     @property
-    def traits(self) -> Traits:  # type: ignore[override]
+    def traits(self) -> Traits:
         return Traits(ActivationOracle, "activations", "smoothed", 2 if self.antithetic else 1, 1)
 
     def estimate(
