@@ -35,14 +35,26 @@ TASKS = {
     "copying-memory": ("accuracy", 432_000),
     "adding-problem": ("nmse", 960_000),
 }
+# As published: credit for the loss of the same step, noise in the readout too.
+_NODES = "estimator={name: CausalNodePerturbation, horizon: 0, exact_head: false}"
+_ACTIVITY = "estimator={name: StepwiseActivityPerturbation}"
+_WEIGHTS = "estimator={name: StepwiseWeightPerturbation, sigma: 0.001}"
+_DECORRELATED = "model.decorrelation=0.01"
 METHODS: Mapping[str, list[str]] = {
     "weights, readout exact": ["estimator={name: LikelihoodRatio, noise: weights, sigma: 0.001}"],
+    "the same, decorrelated": [
+        "estimator={name: LikelihoodRatio, noise: weights, sigma: 0.001}",
+        _DECORRELATED,
+    ],
     "weights": ["estimator={name: RandomPerturbation, sigma: 0.001}"],
     "exact slopes": ["estimator={name: ForwardGradient}"],
     "nodes, later losses": ["estimator={name: CausalNodePerturbation}"],
-    "nodes, as published": [
-        "estimator={name: CausalNodePerturbation, horizon: 0, exact_head: false}"
-    ],
+    "NP": [_NODES],
+    "DNP": [_NODES, _DECORRELATED],
+    "ANP": [_ACTIVITY],
+    "DANP": [_ACTIVITY, _DECORRELATED],
+    "WP": [_WEIGHTS],
+    "DWP": [_WEIGHTS, _DECORRELATED],
     "truncated BPTT": ['estimator={name: "fwdlearn.baselines:TruncatedBackpropagation"}'],
     "BPTT": ['estimator={name: "fwdlearn.baselines:Backpropagation"}'],
 }
