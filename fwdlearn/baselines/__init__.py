@@ -2,19 +2,22 @@
 
 from fwdlearn.baselines.backpropagation import (
     Backpropagation,
-    BaselineTrainer,
     GradientOracle,
-    ReverseOracle,
     TruncatedBackpropagation,
-    is_baseline,
 )
+from fwdlearn.baselines.baseline import Baseline, is_baseline
+from fwdlearn.baselines.oracle import ReverseOracle
 from fwdlearn.baselines.reservoir import fit_readout, reservoir
+from fwdlearn.baselines.ridge import RidgeReadout
+from fwdlearn.baselines.trainer import BaselineTrainer
 
 __all__ = [
     "Backpropagation",
+    "Baseline",
     "BaselineTrainer",
     "GradientOracle",
     "ReverseOracle",
+    "RidgeReadout",
     "TruncatedBackpropagation",
     "fit_readout",
     "is_baseline",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fwdlearn.baselines import is_baseline
+from fwdlearn.baselines import Baseline
 from fwdlearn.errors import FwdlearnError, MissingError, RecipeError, UsageError
 from fwdlearn.recipe.load import Recipe, load_recipe
 from fwdlearn.recipe.schema import CompareSection
@@ -35,13 +35,13 @@ class Method:
         label: what it is called.
         recipe: the same as that of every other method but for what makes the method.
         queries: that a step takes.
-        queries_per_row: that a row counts whatever its directions, where this is a baseline.
+        remark: on a baseline, what a reader must know of it.
     """
 
     label: str
     recipe: Recipe
     queries: int
-    queries_per_row: int | None = None
+    remark: str | None = None
 
     @property
     def steps(self) -> int:
@@ -148,8 +148,8 @@ def _method(
     often = [f"trainer.{key}={every}" for key in ("evaluate_every", "log_every")]
     finished = load_recipe(recipe, [*plain, *often])
     estimator = finished.components["estimator"]()
-    counts = estimator.traits.queries_per_row if is_baseline(estimator) else None
-    return Method(label, finished, step, counts)
+    remark = estimator.remark if isinstance(estimator, Baseline) else None
+    return Method(label, finished, step, remark)
 
 
 def _as_given(base: Recipe) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def draw(results: Results, path: Path) -> None:
     shown = [result for result in results.methods if result.best]
     for number, result in enumerate(shown):
         colour = f"C{number % 10}"
-        style = "--" if result.method.queries_per_row is not None else "-"
+        style = "--" if result.method.remark is not None else "-"
         name = result.method.label + ("" if result.lr is None else f", lr {result.lr:g}")
         for axis, unit in ((queries, "queries"), (seconds, "seconds")):
             across, middle, low, high = _curve(result, unit)

@@ -29,12 +29,8 @@ def notes(results: Results) -> list[str]:
         "evaluations are not counted.",
     ]
     for method in comparison.methods:
-        if method.queries_per_row is not None:
-            found.append(
-                f"{method.label} is no forward-only method: a row of a step counts "
-                f"{method.queries_per_row} queries, one for its forward pass and two for the "
-                "backward pass."
-            )
+        if method.remark is not None:
+            found.append(f"{method.label} {method.remark}")
     if section.lrs is not None:
         tried = ", ".join(f"{rate:g}" for rate in section.lrs)
         found.append(
@@ -103,7 +99,7 @@ def _method(result: Result) -> dict[str, Any]:
         "estimator": resolved["estimator"],
         "allocator": resolved["allocator"],
         "queries_per_step": method.queries,
-        "counts_per_row": method.queries_per_row,
+        "baseline": method.remark is not None,
         "steps": method.steps,
         "lr": result.lr,
     }

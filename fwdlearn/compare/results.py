@@ -14,6 +14,9 @@ from fwdlearn.compare.runs import Failure, Run
 from fwdlearn.errors import StorageError
 from fwdlearn.recipe.folder import status
 
+MEASURES = ("accuracy", "nmse", "loss")
+"""What methods are compared by; see `fwdlearn.metrics`."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -29,7 +32,7 @@ class Outcome:
     """What a finished run came to.
 
     Args:
-        measure: "accuracy", or "loss" where the data has no classes.
+        measure: the first of `MEASURES` that the data has.
         curve: every evaluation; the last one is the result.
         steps, queries: that it took.
         seconds: of its steps, without evaluations and without the start.
@@ -133,8 +136,9 @@ def outcome(run: Run) -> Outcome | Failure | None:
             f"{run.folder}: its results cannot be read: {error}; delete the folder and compare "
             "again with the same output.dir"
         ) from error
-    measure = "accuracy" if summary["eval.accuracy"] is not None else "loss"
-    if summary[f"eval.{measure}"] is None:
+    known = (one for one in MEASURES if summary.get(f"eval.{one}") is not None)
+    measure = next(known, None)
+    if measure is None:
         return Failure(2, "the data has no evaluation rows to compare by; give it some")
     seconds, before, curve = 0.0, 0, []
     for record in records:

@@ -95,7 +95,7 @@ def test_budgets_are_equal_and_every_run_ends_with_its_own(
             assert [point["queries"] for point in run["curve"]] == [192, 384]
             assert run["curve"][0]["seconds"] < run["curve"][1]["seconds"] == run["seconds"]
             assert run["peak"] > run["start"] > 0
-    assert methods["backprop"]["counts_per_row"] == 3
+    assert methods["backprop"]["baseline"] and not methods["SPSA"]["baseline"]
 
 
 def test_weights_and_batches_are_the_same(compared: tuple[Path, int, str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fwdlearn.allocators import Uniform
+from fwdlearn.baselines import BaselineTrainer, is_baseline
 from fwdlearn.estimators import RandomPerturbation
 from fwdlearn.ledger import journal
 from fwdlearn.models import mlp
@@ -41,11 +42,12 @@ class Run:
         self.journal = journal.RunJournal(
             folder, {"steps": steps}, metrics, self.said.append, self.warned.append, seconds
         )
-        self.trainer = Trainer(
+        estimator = parts.pop("estimator", RandomPerturbation(1e-2))
+        self.trainer = (BaselineTrainer if is_baseline(estimator) else Trainer)(
             model,
             data,
             cross_entropy,
-            parts.pop("estimator", RandomPerturbation(1e-2)),
+            estimator,
             parts.pop("allocator", Uniform(2)),
             optimizer,
             batch_size=8,

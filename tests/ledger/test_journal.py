@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fwdlearn.allocators import AdaptiveDirections
+from fwdlearn.baselines import RidgeReadout
 from fwdlearn.errors import FwdlearnError, StorageError, UsageError
 from fwdlearn.estimators import (
     ActivityNodePerturbation,
@@ -58,6 +59,7 @@ def _stop_at(run: Run, step: int) -> None:
         ({"estimator": ForwardGradient(guess="momentum")}, False),
         ({"estimator": ActivityNodePerturbation()}, False),
         ({"estimator": LikelihoodRatio()}, False),
+        ({"estimator": RidgeReadout()}, False),
         ({"allocator": AdaptiveDirections(2)}, False),
     ],
 )
