@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -9,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fwdlearn.directions import LAWS, Directions, Site
+from fwdlearn.directions import LAWS, Directions, Rademacher, Site
 
 
 class DirectionGradient(Mapping[str, Tensor]):
@@ -19,7 +20,10 @@ class DirectionGradient(Mapping[str, Tensor]):
     the whole direction, and the result is a gradient whatever the sizes.
 
     A low-rank family costs one matrix product per tensor, with inner dimension
-    directions x rank. Sums run in float32 (float64 for float64 parameters).
+    directions x rank. Sums run in float32 (float64 for float64 parameters). With signs
+    (Rademacher) they are exact, because the coefficients are taken to a grid that leaves room for
+    their sum: every machine, and every order of adding, gives the same bits. That rounds a
+    coefficient by at most the sum of their sizes x rank / 2^24 (2^53).
 
     Args:
         directions: the family.
@@ -41,20 +45,19 @@ class DirectionGradient(Mapping[str, Tensor]):
         if self._weighted is not None and site.rank <= 1 and not site.long:
             return self._at_once(site, *self._weighted)
         dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
-        coefficients = self._wide[dtype]
-        if site.scale != 1:
-            coefficients = coefficients / site.scale**2
-        total: Tensor | None = None
+        coefficients, total = self._wide[dtype], None
         for chunk in family.chunks(name, family.count):
             factors = family.factors(name, chunk)
             if isinstance(factors, Tensor):
                 flat = factors.to(dtype).reshape(len(factors), -1)
+                if site.scale != 1:
+                    flat = flat.sign_() if self._signs else flat.div_(site.scale)
                 part = (coefficients[chunk] @ flat).view(site.shape)
                 total = part if total is None else total.add_(part)
                 continue
-            weights = coefficients[chunk, None, None] * factors.scale
             # [m, directions * rank] and [directions * rank, n]; views where the rank is one.
-            left = (factors.left.to(dtype) * weights).transpose(1, 2).flatten(0, 1).T
+            left = factors.left.to(dtype) * coefficients[chunk, None, None]
+            left = left.transpose(1, 2).flatten(0, 1).T
             right = factors.right.transpose(1, 2).flatten(0, 1)
             if total is None:
                 total = self._product(left, right)
@@ -63,7 +66,8 @@ class DirectionGradient(Mapping[str, Tensor]):
                 total.addmm_(left, right.to(dtype))
         if total is None:
             return torch.zeros(site.shape, dtype=dtype, device=family.device)
-        return total.view(site.shape)
+        size = self._size(site)
+        return (total if size == 1 else total.mul_(size)).view(site.shape)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         """[m, k] in the dtype of the sum times [k, n] numbers of the law."""
@@ -77,7 +81,16 @@ class DirectionGradient(Mapping[str, Tensor]):
     def _wide(self) -> Mapping[torch.dtype, Tensor]:
         """The coefficients, in the dtypes that sums run in."""
         value = self.coefficients.to(self.directions.device)
-        return {dtype: value.to(dtype) for dtype in (torch.float32, torch.float64)}
+        wide = {dtype: value.to(dtype) for dtype in (torch.float32, torch.float64)}
+        if not self._signs:
+            return wide
+        terms = self.directions.rank or 1
+        return {dtype: summable(value, terms) for dtype, value in wide.items()}
+
+    @property
+    def _signs(self) -> bool:
+        """Whether the numbers of directions are 1 and -1."""
+        return self.directions.law == Rademacher.name
 
     @cached_property
     def _weighted(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -85,7 +98,7 @@ class DirectionGradient(Mapping[str, Tensor]):
         numbers = self.directions.expanded
         if numbers is None or numbers.dtype not in (torch.float32, torch.float64):
             return None
-        weighted = numbers * self.coefficients.to(numbers)[:, None]
+        weighted = numbers * self._wide[numbers.dtype][:, None]
         return numbers, weighted, weighted.sum(0)
 
     def _at_once(self, site: Site, numbers: Tensor, weighted: Tensor, sums: Tensor) -> Tensor:
@@ -96,7 +109,15 @@ class DirectionGradient(Mapping[str, Tensor]):
             total = self._product(weighted[:, start:middle].T, numbers[:, middle:stop])
         else:
             total = sums[start : start + site.numbers]
-        return (total if site.scale == 1 else total / site.scale).view(site.shape)
+        size = self._size(site)
+        return (total if size == 1 else total * size).view(site.shape)
+
+    def _size(self, site: Site) -> float:
+        """What the sum of coefficients times numbers, which have variance 1, is to be taken by."""
+        if site.rank:
+            return site.rank**-0.5 / site.scale
+        # A dense direction has the size that the parameter's dtype makes of it.
+        return float(torch.tensor(site.scale, dtype=site.dtype)) / site.scale**2
 
     def square_norms(self) -> Tensor:
         """float64 [directions]: |direction|^2 as it enters the gradient."""
@@ -110,6 +131,22 @@ class DirectionGradient(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.directions.sites)
+
+
+def summable(value: Tensor, times: int = 1) -> Tensor:
+    """Numbers rounded to a grid on which they, with any signs, add up without rounding.
+
+    Args:
+        value: float32 or float64 [count], fewer than 2^22.
+        times: how often each of them enters the sum.
+    """
+    bits = 24 if value.dtype == torch.float32 else 53
+    most = float(value.abs().sum(dtype=torch.float64)) * times * (1 + len(value) * 2.0**-23)
+    if not 2.0**-900 < most < 2.0**900:
+        # Nothing to add up, or nothing that could be.
+        return value
+    grid = 2.0 ** (math.frexp(most)[1] - bits)
+    return (value.double() / grid).round_().mul_(grid).to(value.dtype)
 
 
 def thirds(value: Tensor) -> Tensor:

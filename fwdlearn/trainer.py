@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fwdlearn.allocator import Allocator, Feedback, Plan
+from fwdlearn.arithmetic import SHORT, alike
 from fwdlearn.batch import Batch
 from fwdlearn.blackbox import BlackBox, CallableOracle
 from fwdlearn.data.types import Data, Dataset
@@ -512,7 +513,8 @@ class Trainer:
                 )
             square_norms[name] = square
             parameter.grad = grad.to(parameter.dtype)
-            self.optimizer.step()
+            with alike(parameter.dtype in SHORT):
+                self.optimizer.step()
             parameter.grad = None
         return square_norms
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import fwdlearn.directions
 from fwdlearn.directions import Directions, LowRank, scales_of
 from fwdlearn.errors import UsageError
-from fwdlearn.gradient import DirectionGradient, thirds
+from fwdlearn.gradient import DirectionGradient, summable, thirds
 from fwdlearn.keys import Key
 
 FALSE_ALARM = 1e-6
@@ -168,6 +168,46 @@ def test_gradient_sums_in_float32_for_short_dtypes() -> None:
         for name in short:
             assert short[name].dtype == torch.float32
             torch.testing.assert_close(short[name].double(), exact[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 2, None])
+def test_sums_of_signs_are_exact_in_any_order(
+    dtype: torch.dtype, rank: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Some hundred times as large as others.
+    coefficients = torch.randn(600, dtype=torch.float64, generator=generator).pow(3)
+    sizes, wide = {"w": 0.3, "bias": 0.7}, torch.promote_types(dtype, torch.float32)
+
+    def made() -> dict[str, Tensor]:
+        family = Directions(Key.root(15), params(dtype), 600, "rademacher", rank, sizes)
+        return dict(DirectionGradient(family, coefficients))
+
+    at_once = made()
+    for size in (64, 1000, 10_000):
+        monkeypatch.setattr(fwdlearn.directions, "_EXPAND_BYTES", size)
+        for name, value in made().items():
+            assert torch.equal(value, at_once[name]), (name, size)
+    family = Directions(Key.root(15), params(dtype), 600, "rademacher", rank)
+    rounded = summable(coefficients.to(wide), rank or 1).double()
+    tail = 2.0**-24 if wide == torch.float32 else 2.0**-53
+    most = coefficients.abs().sum() * (rank or 1)
+    assert (rounded - coefficients.to(wide)).abs().max() <= tail * most
+    for name, site in family.sites.items():
+        numbers = family.dense(name, torch.arange(600)).double().reshape(600, -1)
+        if site.rank == 2:
+            numbers = (numbers * 2**0.5).round()
+        exact = (rounded @ numbers).view(site.shape)
+        if name not in sizes and site.rank != 2:
+            assert torch.equal(at_once[name].double(), exact), name
+
+
+def test_what_cannot_be_added_up_stays() -> None:
+    for values in ([], [0.0, 0.0], [math.inf, 1.0], [math.nan]):
+        tensor = torch.tensor(values)
+        assert torch.equal(summable(tensor).nan_to_num(7.0), tensor.nan_to_num(7.0))
+    assert summable(torch.tensor([1e-44, 3.0])).tolist() == [0.0, 3.0]
 
 
 def test_gradient_needs_a_coefficient_for_each_direction() -> None:

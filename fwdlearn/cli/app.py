@@ -101,6 +101,7 @@ def replay(
         raise UsageError(f"{out} is there already; choose another name for --out")
     made = rebuild(run, step)
     made.save(out)
+    _warn_of_rounding(made.moved)
     print(f"step {made.step}, from step {made.first}, {made.made} made again", file=sys.stderr)
     print(out)
 
@@ -118,8 +119,15 @@ def apply(
 
     if out.exists():
         raise UsageError(f"{out} is there already; choose another name for --out")
-    make(None if str(base) == "-" else base, ledger).save(out)
+    made = make(None if str(base) == "-" else base, ledger)
+    made.save(out)
+    _warn_of_rounding(made.moved)
     print(out)
+
+
+def _warn_of_rounding(moved: str) -> None:
+    if moved:
+        print(f"warning: {moved}; the weights may be rounded otherwise", file=sys.stderr)
 
 
 @app.command()

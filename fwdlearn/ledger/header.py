@@ -47,14 +47,34 @@ def beginning(trainer: Trainer, recipe: Mapping[str, Any]) -> dict[str, Any]:
         "info": json.loads(json.dumps(asdict(trainer.data.info))),
         "generator": {"name": "philox4x32-10", "test": [key.low, key.high]},
         "family": None,
-        "machine": {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "device": trainer.device,
-            "processor": platform.machine(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
+        "machine": machine(trainer),
     }
+
+
+def machine(trainer: Trainer) -> dict[str, Any]:
+    """What may round otherwise than another."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": trainer.device,
+        "processor": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def moved(then: Mapping[str, Any], now: Mapping[str, Any], passes: bool = True) -> str:
+    """How a machine differs from the one that a ledger was made on, or nothing.
+
+    Args:
+        then, now: of `machine`.
+        passes: whether it makes forward passes too, which threads divide.
+    """
+    parts = [
+        f"{name} was {value} and is {now.get(name)}"
+        for name, value in then.items()
+        if now.get(name) != value and (passes or name != "threads")
+    ]
+    return ", ".join(parts)
 
 
 def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -102,9 +122,4 @@ def unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> Difference:
         fatal = "the training rows are not those that it began with"
     elif then["generator"] != now["generator"]:
         fatal = "random numbers are drawn otherwise than then"
-    parts = [
-        f"{name} was {value} and is {now['machine'].get(name)}"
-        for name, value in then["machine"].items()
-        if now["machine"].get(name) != value
-    ]
-    return Difference(fatal, ", ".join(parts))
+    return Difference(fatal, moved(then["machine"], now["machine"]))

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fwdlearn.arithmetic import alike
+
 
 @dataclass(frozen=True)
 class Built:
@@ -39,6 +41,6 @@ def weights_from(seed: int) -> Iterator[None]:
 
     `torch.manual_seed` would also reseed the accelerators, whose state nobody restores.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), alike():
         torch.default_generator.manual_seed(seed)
         yield

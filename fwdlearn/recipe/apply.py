@@ -13,7 +13,7 @@ from torch import Tensor
 from fwdlearn.batch import Batch
 from fwdlearn.data import Data, DataInfo
 from fwdlearn.errors import MissingError, UsageError
-from fwdlearn.ledger.header import FORMAT, tensors_of
+from fwdlearn.ledger.header import FORMAT, machine, moved, tensors_of
 from fwdlearn.ledger.journal import estimate_of
 from fwdlearn.ledger.records import Ledger
 from fwdlearn.ledger.snapshots import digest
@@ -65,7 +65,8 @@ def apply(base: Path | None, path: Path) -> Rebuilt:
         while at.step < ledger.steps:
             at.step += 1
             trainer._advance(at, trainer._made(at), time.monotonic())
-    return Rebuilt(recipe, assembly, ledger.steps, 0, 0, at)
+    where = moved(ledger.header["machine"], machine(trainer), passes=False)
+    return Rebuilt(recipe, assembly, ledger.steps, 0, 0, at, where)
 
 
 class _Told(Journal):

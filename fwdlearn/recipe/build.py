@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fwdlearn.arithmetic import alike
 from fwdlearn.baselines import BaselineTrainer, is_baseline
 from fwdlearn.data import Data, DataInfo
 from fwdlearn.data.seen import seen
@@ -105,7 +106,7 @@ def load_parts(recipe: Recipe) -> tuple[Data, Built]:
 def load_model(recipe: Recipe, info: DataInfo) -> Built:
     """The model with its first weights."""
     part = recipe.components["model"]
-    with blaming(recipe, part), torch.random.fork_rng(devices=[]):
+    with blaming(recipe, part), torch.random.fork_rng(devices=[]), alike():
         # For models that know nothing of seeds; ours draw from their own.
         torch.default_generator.manual_seed(recipe.seed)
         made = part(info=info, seed=recipe.seed)

@@ -42,6 +42,7 @@ def environment(device: str) -> dict[str, Any]:
         "packages": {package: found for package, found in versions.items() if found},
         "platform": platform.platform(),
         "cpus": cpus(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
         "device": device,
         "device_name": name or platform.machine(),

@@ -11,7 +11,7 @@ from typing import Any
 from fwdlearn.errors import MissingError, StorageError, UsageError
 from fwdlearn.estimator import Estimate
 from fwdlearn.ledger import snapshots
-from fwdlearn.ledger.header import beginning, unlike
+from fwdlearn.ledger.header import beginning, machine, moved, unlike
 from fwdlearn.ledger.journal import (
     LEDGER,
     SNAPSHOTS,
@@ -40,6 +40,7 @@ class Rebuilt:
         first: from which state on they were rebuilt, 0 for the first weights.
         made: steps that took forward passes, because their records alone do not tell them.
         at: where the run was.
+        moved: how this machine differs from the one of the run, where it may round otherwise.
     """
 
     recipe: Recipe
@@ -48,6 +49,7 @@ class Rebuilt:
     first: int
     made: int
     at: Progress
+    moved: str = ""
 
     def save(self, folder: Path) -> None:
         """Writes the model as a run does."""
@@ -128,7 +130,8 @@ def replay(
             journal.append(at, made.estimate)
             trainer._advance(at, made, time.monotonic())
             del made
-    return Rebuilt(recipe, assembly, last, first, journal.made, at)
+    where = moved(ledger.header["machine"], machine(trainer), journal.made > 0)
+    return Rebuilt(recipe, assembly, last, first, journal.made, at, where)
 
 
 class _Past(Journal):

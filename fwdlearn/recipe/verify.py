@@ -94,5 +94,6 @@ def _rebuilt(run: Path, saved: dict[str, Tensor] | None) -> Finding:
     tensors = tensors_of(again.assembly.trainer)
     for name, value in tensors.items():
         if name in saved and not torch.equal(value.cpu(), saved[name]):
-            return Finding(what, f"{says}; {name} is not what was saved", sound=False)
+            here = f" ({again.moved})" if again.moved else ""
+            return Finding(what, f"{says}; {name} is not what was saved{here}", sound=False)
     return Finding(what, f"{says}; the weights are those that were saved, in every bit")
