@@ -135,7 +135,7 @@ def export(
     run: RunFolderWord,
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="A new file, or folder.")],
     form: Annotated[
-        str, typer.Option("--format", help="transformers, safetensors or ledger.")
+        str, typer.Option("--format", help="transformers, peft, safetensors or ledger.")
     ] = "safetensors",
 ) -> None:
     """Write a run's model, or its ledger, for use elsewhere."""

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from fwdlearn.errors import UsageError
 
 A, B = "lora_A", "lora_B"
+ADAPTER = "adapter"
+"""The folder of an adapter, beside the model that has it folded in."""
 
 
 class Adapted(nn.Linear):

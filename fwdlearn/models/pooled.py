@@ -47,6 +47,10 @@ class MeanPooled(nn.Module):
     def save_pretrained(self, target: Path) -> None:
         """Writes the encoder for `AutoModel.from_pretrained`, and the classifier beside it."""
         self.encoder.save_pretrained(target, state_dict=folded_state(self.encoder))
+        self.save_head(target)
+
+    def save_head(self, target: Path) -> None:
+        """Writes the classifier into a folder."""
         head = {k: v.detach().cpu().contiguous() for k, v in self.classifier.state_dict().items()}
         save_file(head, target / _HEAD)
 

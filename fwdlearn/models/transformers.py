@@ -20,7 +20,7 @@ from fwdlearn.errors import FwdlearnError, MissingError, UsageError
 from fwdlearn.models.built import Built, weights_from
 from fwdlearn.models.images import ImageProcessor
 from fwdlearn.models.location import local_folder
-from fwdlearn.models.lora import adapt, folded_state, save_adapter
+from fwdlearn.models.lora import ADAPTER, adapt, folded_state, save_adapter
 from fwdlearn.models.pooled import MeanPooled
 from fwdlearn.models.readout import Look, Reader
 
@@ -142,7 +142,7 @@ def transformers(
             else:
                 module.save_pretrained(target, state_dict=folded_state(module))
             if inner is not None:
-                _save_adapter(module, inner, target / "adapter", path)
+                _save_adapter(module, inner, target / ADAPTER, path)
             if isinstance(processor, ImageProcessor):
                 processor.save(target)
             else:
@@ -174,9 +174,10 @@ def _adapted(
 
 
 def _save_adapter(module: nn.Module, inner: nn.Module, folder: Path, base: str) -> None:
-    """For PEFT; the head goes with it where the model is one of transformers with its head."""
+    """For PEFT; a head of ours goes beside it."""
     if isinstance(module, MeanPooled):
         save_adapter(inner, folder, base)
+        module.save_head(folder)
         return
     own = {id(value) for value in inner.parameters()}
     heads = tuple(

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from fwdlearn.errors import UsageError
 from fwdlearn.ledger.files import replace_file, storing
+from fwdlearn.models.lora import ADAPTER
 from fwdlearn.recipe.folder import status
 from fwdlearn.recipe.replay import ledger_of, recipe_of, replay
 from fwdlearn.recipe.weights import DESCRIPTION, WEIGHTS, read_model
 
-FORMATS = ("transformers", "safetensors", "ledger")
+FORMATS = ("transformers", "peft", "safetensors", "ledger")
 
 
 def export(run: Path, form: str, out: Path) -> None:
@@ -25,13 +26,14 @@ def export(run: Path, form: str, out: Path) -> None:
 
     Args:
         run: its folder.
-        form: `transformers`, a folder that `from_pretrained` loads; `safetensors`, one file with
-            every tensor once; or `ledger`, for `fwdlearn apply`.
+        form: `transformers`, a folder that `from_pretrained` loads; `peft`, a folder with the
+            adapters of low rank alone, for `PeftModel.from_pretrained`; `safetensors`, one file
+            with every tensor once; or `ledger`, for `fwdlearn apply`.
         out: where, a new name.
 
     Raises:
         MissingError: the folder holds no run or no ledger.
-        UsageError: the format is unknown, `out` is there, or the model is none of transformers.
+        UsageError: the format is unknown, `out` is there, or the model has no such form.
         StorageError: something is damaged or cannot be written.
     """
     if form not in FORMATS:
@@ -45,21 +47,30 @@ def export(run: Path, form: str, out: Path) -> None:
             replace_file(out, lambda file: file.write(ledger.path.read_bytes()[: ledger.end]))
         return
     with _model(run, out) as folder:
-        own = (folder / DESCRIPTION).exists()
+        own, weights = (folder / DESCRIPTION).exists(), folder / WEIGHTS
         if form == "transformers" and own:
             raise UsageError(f"{run} trains no model of transformers; --format safetensors works.")
+        if form == "peft" and not (folder / ADAPTER).is_dir():
+            other = "safetensors" if own else "transformers"
+            raise UsageError(
+                f"{run} trains no adapters; model.lora=RANK gives a model of transformers some. "
+                f"--format {other} writes all of the model that it trains."
+            )
+        if form == "safetensors" and not weights.exists():
+            raise UsageError(
+                f"{run} keeps its weights in several files; --format transformers writes them all."
+            )
         if own:
             # For the digests.
             read_model(folder)
         with storing(out):
-            if form == "transformers":
+            if form == "safetensors":
+                replace_file(out, lambda file: file.write(weights.read_bytes()))
+            else:
                 partial = out.with_name(f".{out.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(folder, partial)
+                shutil.copytree(folder / ADAPTER if form == "peft" else folder, partial)
                 partial.rename(out)
-            else:
-                weights = folder / WEIGHTS
-                replace_file(out, lambda file: file.write(weights.read_bytes()))
 
 
 @contextmanager

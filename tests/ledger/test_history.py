@@ -228,7 +228,8 @@ def test_export(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     for words, message in (
         (["--format", "transformers", "--out", "x"], "trains no model of transformers"),
-        (["--format", "gguf", "--out", "x"], "must be one of transformers, safetensors, ledger"),
+        (["--format", "gguf", "--out", "x"], "must be one of transformers, peft, safetensors"),
+        (["--format", "peft", "--out", "x"], "trains no adapters; model.lora=RANK gives"),
         (["--out", "l.bin"], "l.bin is there already"),
     ):
         assert main(["export", "run", *words]) == 2

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fwdlearn.batch import Batch
+from fwdlearn.cli import main
 from fwdlearn.data import DataInfo
 from fwdlearn.engine import Engine
 from fwdlearn.errors import UsageError
@@ -143,6 +144,49 @@ def test_peft_loads_it(folder: Path, tmp_path: Path) -> None:
         plain = library.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
         loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "out" / "adapter").eval()
     torch.testing.assert_close(logits(loaded), logits(built.module), atol=1e-5, rtol=1e-5)
+
+
+RECIPE = """\
+model: {{name: transformers, path: "{folder}/bert", head: {head}, lora: 2}}
+data: {{name: jsonl, path: "{folder}"}}
+estimator: {{name: RandomPerturbation, sigma: 0.01}}
+allocator: {{name: Uniform, directions: 4, sharing: shared}}
+optimizer: {{name: Adam, lr: 0.05}}
+trainer: {{batch_size: 4, steps: 6}}
+"""
+
+
+@pytest.mark.parametrize("head", ["mean", "auto"])
+def test_a_run_is_exported_as_model_adapter_and_ledger(
+    folder: Path, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"text": text, "label": label}) for text, label in (("a b", 0), ("d e", 1))]
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows * 4))
+    (tmp_path / "r.yaml").write_text(RECIPE.format(folder=tmp_path, head=head))
+    assert main(["train", "r.yaml", "output.dir=run", "--quiet"]) == 0
+    for form in ("peft", "transformers", "ledger"):
+        assert main(["export", "run", "--format", form, "--out", form]) == 0
+    # Not finished, as far as its folder knows: rebuilt from the ledger.
+    (tmp_path / "run" / "summary.json").write_text('{"status": "running"}')
+    assert main(["export", "run", "--format", "peft", "--out", "again"]) == 0
+    assert main(["apply", "bert", "ledger", "--out", "applied"]) == 0
+    whole = load_file(tmp_path / "transformers" / "model.safetensors")
+    applied = load_file(tmp_path / "applied" / "model.safetensors")
+    assert all(torch.equal(value, applied[name]) for name, value in whole.items())
+    file = "adapter_model.safetensors"
+    adapter = load_file(tmp_path / "peft" / file)
+    assert (tmp_path / "peft" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    base = load_file(tmp_path / "bert" / "model.safetensors")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text("utf-8"))
+    for name in config["target_modules"]:
+        own = name if head == "mean" else name.removeprefix("bert.")
+        up, down = (adapter[f"base_model.model.{name}.lora_{one}.weight"] for one in "BA")
+        assert up.any()
+        moved = base[f"{own}.weight"] + 2.0 * (up @ down)
+        assert torch.equal(whole[f"{name}.weight"], moved)
+    assert (tmp_path / "peft" / "head.safetensors").exists() == (head == "mean")
 
 
 def test_refusals(folder: Path) -> None:
