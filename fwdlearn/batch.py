@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ class Batch:
         args: positional inputs, each with the rows as dimension 0.
         kwargs: keyword inputs, each with the rows as dimension 0.
         targets: [rows, ...] what the objective compares the output to.
+        passes: queries that one call of the model counts for a row: more than one where a row is
+            several sequences, or is gone on with token by token.
     """
 
     args: tuple[Tensor, ...]
     targets: Tensor
     kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+    passes: int = 1
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -33,7 +36,8 @@ class Batch:
     def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         """Applies `f` to every tensor."""
         kwargs = {name: f(value) for name, value in self.kwargs.items()}
-        return Batch(tuple(f(value) for value in self.args), f(self.targets), kwargs)
+        args = tuple(f(value) for value in self.args)
+        return replace(self, args=args, targets=f(self.targets), kwargs=kwargs)
 
     def select(self, index: Tensor) -> Batch:
         """The rows `index` (int64 [n]), in that order; rows may repeat."""
@@ -48,4 +52,5 @@ class Batch:
             return value.to(device)
 
         kwargs = {name: move(value) for name, value in self.kwargs.items()}
-        return Batch(tuple(move(value) for value in self.args), self.targets.to(device), kwargs)
+        args = tuple(move(value) for value in self.args)
+        return replace(self, args=args, targets=self.targets.to(device), kwargs=kwargs)

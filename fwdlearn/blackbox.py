@@ -152,14 +152,14 @@ class CallableOracle:
             return self._known[row]
         with forbid_backward():
             losses = self._calls.losses(self._batch, row, directions, direction, scale)
-        self._queries += len(row)
+        self._queries += len(row) * self._batch.passes
         return losses.clone()
 
     def measure(self, residual: bool, keep: bool = False) -> Measured:
         """See `fwdlearn.signals.Measuring`; there are no layers whose inputs could be kept."""
         with forbid_backward():
             clean = self._calls.measure(self._batch, residual)
-        self._queries += self.rows
+        self._queries += self.rows * self._batch.passes
         self._known = clean.losses.clone()
         return clean
 

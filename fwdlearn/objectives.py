@@ -10,6 +10,7 @@ those without a target of nan (of numbers) or -100 (of classes). Any objective h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,6 +74,42 @@ def zero_one(output: Any, targets: Tensor) -> Tensor:
     """1 where the largest logit is not the target's, else 0. No derivative, and none needed."""
     wrong = (_scores(output, targets).argmax(-1) != targets).float()
     return wrong if targets.dim() == 1 else (wrong * step_weights(targets).to(wrong.dtype)).sum(1)
+
+
+def class_f1(output: Any, targets: Tensor, level: float, positive: int = 1) -> Tensor:
+    """What a row adds to the F1 score of a class, which is no mean over rows.
+
+    F1 is 2 t / (p + q), of the rows that are rightly found (t), found (p) and of the class (q).
+    A row's loss is level (p + q) - 2 t, each 0 or 1 for one row. Its mean is below 0 where the
+    F1 of the rows is above `level`, and at the best level minimising it maximises F1 (Dinkelbach
+    1967, doi:10.1287/mnsc.13.7.492; Parambath, Usunier and Grandvalet 2014, arXiv:1505.00199).
+    No derivative, and none needed.
+
+    Args:
+        output: logits [rows, classes].
+        targets: int64 [rows].
+        level: the F1 that is within reach, above 0 and at most 1.
+        positive: the class that is to be found.
+    """
+    if not 0 < level <= 1:
+        raise UsageError(f"class_f1(level=...) must be above 0 and at most 1, got {level!r}.")
+    found = _scores(output, targets).argmax(-1) == positive
+    wanted = targets == positive
+    return level * (found.float() + wanted.float()) - 2 * (found & wanted).float()
+
+
+def score(output: Any, targets: Tensor, metric: Callable[[Any, Any], float]) -> Tensor:
+    """Minus a metric of each row; see `fwdlearn.scoring`. No derivative, and none needed.
+
+    Args:
+        output: an answer that the model has made, or logits of classes.
+        targets: of the batch.
+        metric: (prediction, target) -> number, more is better; in a recipe its name, or any
+            `module:function` of two texts.
+    """
+    from fwdlearn.scoring import scores
+
+    return -scores(metric, output, targets)
 
 
 def returned(output: Any, targets: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What an estimator may ask, and the rules of asking.
 
 A query is one forward pass of one row at one perturbed point. Queries come in blocks: query j is
-row `row[j]` at `params + scale[j] * E[direction[j]]`, where E is a family of directions.
+row `row[j]` at `params + scale[j] * E[direction[j]]`, where E is a family of directions. What is
+counted is `Batch.passes` for each.
 """
 
 from __future__ import annotations
@@ -378,7 +379,7 @@ class ModelOracle:
                     self._batch, row, directions, direction, scale, self._dropout, **beside
                 )
             )
-        self._queries += len(row)
+        self._count(len(row))
         return losses.clone()
 
     def measure(self, residual: bool, keep: bool = False) -> Measured:
@@ -396,7 +397,7 @@ class ModelOracle:
                     clean = self._retry(
                         lambda: self._engine.measure(self._batch, residual, self._dropout, **beside)
                     )
-        self._queries += self.rows
+        self._count(self.rows)
         self._known = clean.losses.clone()
         return clean
 
@@ -421,7 +422,7 @@ class ModelOracle:
                     self._batch, row, directions, direction, self._dropout, **beside
                 )
             )
-        self._queries += len(row)
+        self._count(len(row))
         return losses.clone(), slopes.clone()
 
     @property
@@ -463,7 +464,7 @@ class ModelOracle:
                     self._batch, row, noise, index, scales, self._dropout
                 )
             )
-        self._queries += len(row)
+        self._count(len(row))
         return losses.clone()
 
     def noisy_slopes(self, row: Tensor, noise: Noise, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -472,7 +473,7 @@ class ModelOracle:
             answers = self._retry(
                 lambda: self._engine.activity(self._batch, row, noise, index, self._dropout)
             )
-        self._queries += len(row)
+        self._count(len(row))
         return answers
 
     def noisy_shifts(
@@ -489,7 +490,7 @@ class ModelOracle:
                 block = next(blocks, None)
             if block is None:
                 return
-            self._queries += len(block.losses)
+            self._count(len(block.losses))
             yield block
 
     def clean(self, outputs: bool = False) -> CleanPass:
@@ -500,7 +501,7 @@ class ModelOracle:
             clean = self._retry(
                 lambda: self._engine.activations.clean(self._batch, self._dropout, outputs)
             )
-        self._queries += self.rows
+        self._count(self.rows)
         return clean
 
     def gather(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -509,8 +510,11 @@ class ModelOracle:
             gradients = self._retry(
                 lambda: self._engine.activations.gather(self._batch, cotangents, self._dropout)
             )
-        self._queries += self.rows
+        self._count(self.rows)
         return gradients
+
+    def _count(self, rows: int) -> None:
+        self._queries += rows * self._batch.passes
 
     def _retry(self, run: Callable[[], T]) -> T:
         """Runs passes, in smaller blocks where memory runs out."""

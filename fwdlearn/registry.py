@@ -90,12 +90,21 @@ BUILT_IN: dict[str, dict[str, str]] = {
             *("digits", "idx", "npz", "csv", "jsonl", "image_folder", "sequential_digits"),
             *("delayed_recall", "copying_memory", "adding_problem", "mackey_glass"),
             *("characters", "csv_series"),
+            *("corpus", "completions", "chats", "label_words", "multiple_choice"),
         )
     },
     "objective": {
         name: f"fwdlearn.objectives:{name}"
-        for name in ("cross_entropy", "mean_squared_error", "zero_one", "returned")
+        for name in (
+            "cross_entropy",
+            "mean_squared_error",
+            "zero_one",
+            "returned",
+            "class_f1",
+            "score",
+        )
     },
+    "metric": {name: f"fwdlearn.scoring:{name}" for name in ("accuracy", "exact_match", "f1")},
     "optimizer": {name: f"torch.optim:{name}" for name in _OPTIMIZERS}
     | {"FrankWolfe": "fwdlearn.optim:FrankWolfe"},
     "set": {

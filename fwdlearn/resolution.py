@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from fwdlearn.engine.trace import tensors
 from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate, Estimator
 
@@ -27,17 +22,6 @@ def is_still(estimate: Estimate) -> bool:
     """Whether no query of an estimate moved its loss by a single bit."""
     size = estimate.info.get("coef_abs")
     return size is not None and float(size) == 0
-
-
-def output_sum(output: Any, targets: Tensor) -> Tensor:
-    """An objective without plateaus: [rows], a float64 sum of all that a model puts out."""
-    total = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
-    for value in tensors(output):
-        if value.is_floating_point() and value.dim() and len(value) == len(total):
-            flat = value.double().reshape(len(value), -1)
-            # Not all alike, so that what moves against each other does not cancel.
-            total = total + flat @ torch.linspace(1, 2, flat.shape[1]).to(flat)
-    return total
 
 
 def refuse(estimator: Estimator, run: Callable[[Estimator], Estimate]) -> None:

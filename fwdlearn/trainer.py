@@ -16,10 +16,12 @@ from fwdlearn.allocator import Allocator, Feedback, Plan
 from fwdlearn.arithmetic import SHORT, alike
 from fwdlearn.batch import Batch
 from fwdlearn.blackbox import BlackBox, CallableOracle
-from fwdlearn.data.types import Data, Dataset
+from fwdlearn.data.buckets import bucketed
+from fwdlearn.data.types import Data, Dataset, passes
 from fwdlearn.engine import Choice, Engine
 from fwdlearn.engine.calls import Calls
 from fwdlearn.engine.footprint import footprint
+from fwdlearn.engine.outputs import output_sum
 from fwdlearn.engine.params import read_only
 from fwdlearn.engine.through_time import TimeEngine
 from fwdlearn.errors import NonFiniteError, UsageError
@@ -33,7 +35,7 @@ from fwdlearn.metrics import Scores
 from fwdlearn.objectives import per_step, step_weights
 from fwdlearn.oracle import ActivationOracle, ModelOracle, forbid_backward, require
 from fwdlearn.progress import Journal, Pieces, Progress, Window
-from fwdlearn.resolution import is_still, output_sum, refuse
+from fwdlearn.resolution import is_still, refuse
 from fwdlearn.signals import check_signals, measured, read
 from fwdlearn.step_oracle import StepOracle
 from fwdlearn.steps import Carried, Sequences, Steps
@@ -105,6 +107,9 @@ class Trainer:
         device: where batches go.
         evaluate_every: steps between evaluations, or None to evaluate at the end alone.
         evaluation_batch_size: rows of an evaluation pass.
+        bucket: the shuffled rows of so many batches are sorted by length before they are divided,
+            so that rows of a batch are of much the same length and little of it is padding; the
+            batches come in a random order. 1 sorts nothing.
         log_every: steps between records.
         train_mode: puts the model into training mode: dropout with one mask a row and step,
             batch normalisation on the batch's own statistics.
@@ -114,6 +119,7 @@ class Trainer:
         divergence: a run has diverged once the mean loss since the last record is above that of
             the first step by more than so many times its size, and 1 at least; positive, or None
             never to look.
+        metrics: name -> function of a row, see `fwdlearn.scoring`; evaluations have its mean.
         sinks: told of the start, of every record and of the end.
         journal: told of every step; a run that has one can be gone on with.
 
@@ -139,12 +145,14 @@ class Trainer:
         device: str = "cpu",
         evaluate_every: int | None = None,
         evaluation_batch_size: int = 256,
+        bucket: int = 1,
         log_every: int = 10,
         train_mode: bool = False,
         rung: str = "auto",
         memory_budget: int | None = None,
         compile: bool = False,
         divergence: float | None = 10.0,
+        metrics: Mapping[str, Callable[[Any, Any], float]] | None = None,
         sinks: Sequence[Reporter] = (),
         journal: Journal | None = None,
     ) -> None:
@@ -155,6 +163,7 @@ class Trainer:
             "every": every,
             "evaluate_every": evaluate_every,
             "evaluation_batch_size": evaluation_batch_size,
+            "bucket": bucket,
             "log_every": log_every,
         }
         for name, value in counts.items():
@@ -162,6 +171,11 @@ class Trainer:
                 raise UsageError(f"Trainer({name}=...) must be at least 1, got {value}.")
         if divergence is not None and not divergence > 0:
             raise UsageError(f"Trainer(divergence=...) must be positive, got {divergence}.")
+        if bucket > 1 and not hasattr(data.train, "lengths"):
+            raise UsageError(
+                f"Trainer(bucket={bucket}) sorts rows by their length, and these have none; leave "
+                "it out for data that are no tokens."
+            )
         if (steps is None) == (queries is None):
             raise UsageError("Trainer needs exactly one of steps=... and queries=... .")
         if not len(data.train):
@@ -180,9 +194,9 @@ class Trainer:
         self.steps, self.budget = steps, queries
         self.batch_size = min(batch_size, len(data.train))
         self.device, self.seed, self.train_mode = device, seed, train_mode
-        self.evaluate_every, self.log_every = evaluate_every, log_every
+        self.evaluate_every, self.log_every, self.bucket = evaluate_every, log_every, bucket
         self.evaluation_batch_size, self.divergence = evaluation_batch_size, divergence
-        self.sinks, self.journal = sinks, journal or Journal()
+        self.metrics, self.sinks, self.journal = metrics or {}, sinks, journal or Journal()
         self.key = Key.root(seed)
         self.engine: AnyEngine = self._engine(model)(model, objective, rung, memory_budget, compile)
         self.every, self._pieces = every, 1
@@ -266,7 +280,7 @@ class Trainer:
         dataset = self.data.evaluation if dataset is None else dataset
         if dataset is None or not len(dataset):
             raise UsageError("there are no evaluation rows; give the data some, or a dataset.")
-        scores = Scores()
+        scores = Scores(self.metrics)
         with self._mode(False), forbid_backward(), torch.inference_mode():
             for index in torch.arange(len(dataset)).split(self.evaluation_batch_size):
                 batch = dataset.batch(index).to(self.device)
@@ -413,7 +427,11 @@ class Trainer:
     def _order(self, epoch: int) -> Tensor:
         if getattr(self, "_ordered", (None,))[0] != epoch:
             key = self.key.fold("data").fold(epoch)
-            self._ordered = (epoch, key.permutation(len(self.data.train)))
+            order = key.permutation(len(self.data.train))
+            if self.bucket > 1:
+                lengths: Tensor = self.data.train.lengths  # type: ignore[attr-defined]
+                order = bucketed(order, lengths, self.batch_size, self.bucket, key)
+            self._ordered = (epoch, order)
         return self._ordered[1]
 
     def _estimate(self, step: int, state: Any, plans: Any) -> tuple[_Step, Any, Any]:
@@ -485,7 +503,7 @@ class Trainer:
         """Queries of the next step."""
         pairs, signals = self.allocator.budget(self.batch_size, plans), self.allocator.signals
         estimate = self.estimator.traits.cost(self.batch_size, pairs, measured(signals))
-        return estimate + local_rows(self.model, self.batch_size)
+        return estimate * passes(self.data.train) + local_rows(self.model, self.batch_size)
 
     def _learn(self, step: int) -> int:
         """Lets modules learn from the rows of a step; the queries that it took."""

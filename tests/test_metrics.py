@@ -30,7 +30,8 @@ def test_figures_run_over_what_is_counted() -> None:
     right = (OUTPUT.argmax(-1) == CLASSES)[mask]
     nats = cross_entropy(OUTPUT[mask], CLASSES[mask])
     found = scores.result()
-    assert set(found) == {"loss", "accuracy", "bits"}
+    assert set(found) == {"loss", "accuracy", "bits", "perplexity"}
+    assert found["perplexity"] == pytest.approx(math.exp(float(nats.mean())))
     assert found["accuracy"] == pytest.approx(float(right.double().mean()))
     assert found["bits"] == pytest.approx(float(nats.mean()) / math.log(2))
     assert found["loss"] == pytest.approx(float(cross_entropy(OUTPUT, CLASSES).mean()))
@@ -40,7 +41,19 @@ def test_classes_of_rows_have_an_accuracy_and_no_bits() -> None:
     scores, output, targets = Scores(), OUTPUT[:, 0], CLASSES[:, 0]
     scores.add(zero_one(output, targets), output, targets)
     right = float((output.argmax(1) == targets).double().mean())
-    assert scores.result() == {"loss": 1 - right, "accuracy": right}
+    found = scores.result()
+    assert set(found) == {"loss", "accuracy", "f1"}
+    assert (found["loss"], found["accuracy"]) == (1 - right, right)
+
+
+def test_f1_is_that_of_the_second_of_two_classes_and_else_a_mean() -> None:
+    targets, chosen = torch.tensor([1, 1, 1, 0, 0, 0]), torch.tensor([1, 1, 0, 1, 0, 0])
+    for classes, wanted in ((2, 2 * 2 / (3 + 3)), (4, (4 / 6 + 4 / 6) / 2)):
+        scores = Scores()
+        for part in (slice(0, 2), slice(2, 6)):
+            output = torch.eye(classes)[chosen[part]]
+            scores.add(zero_one(output, targets[part]), output, targets[part])
+        assert scores.result()["f1"] == pytest.approx(wanted)
 
 
 def test_nmse_is_one_for_the_mean_of_the_targets() -> None:

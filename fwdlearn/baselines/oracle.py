@@ -48,7 +48,7 @@ class ReverseOracle(ModelOracle):
                 "Backpropagation needs a loss with a derivative, and this model or objective "
                 "cuts it off; leave the baseline out (backprop=false in `fwdlearn compare`)."
             )
-        self._queries += PASSES * len(batch)
+        self._queries += PASSES * len(batch) * batch.passes
         return dict(zip(engine.params, grad, strict=True)), total
 
     def last(self) -> tuple[Last, Tensor]:
@@ -70,7 +70,7 @@ class ReverseOracle(ModelOracle):
                     hooks.callback(module.register_forward_hook(note).remove)
             output = engine.model(*batch.args, **batch.kwargs)
             loss = engine.row_losses(output, batch).mean()
-        self._queries += len(batch)
+        self._queries += len(batch) * batch.passes
         final = getattr(output, "logits", output)
         for layer, inputs, out in seen:
             if out is final and id(layer.weight) in names:

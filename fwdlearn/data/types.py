@@ -18,7 +18,8 @@ class DataInfo:
     """What a model must know of the data before it can be built.
 
     Args:
-        kind: `features` (one vector a row), `image` (channels, height, width), `text`, `sequence`
+        kind: `features` (one vector a row), `image` (channels, height, width), `text`,
+            `language` (texts whose targets are words, for language models), `sequence`
             (steps, features) or `tokens` (steps,) of numbers below `classes`.
         shape: shape of one row's input, without the row dimension; `()` for text.
         classes: number of classes, at least 2, or None for regression.
@@ -27,7 +28,7 @@ class DataInfo:
         per_step: whether there is a target at every step of a row and not one for the whole.
     """
 
-    kind: Literal["features", "image", "text", "sequence", "tokens"]
+    kind: Literal["features", "image", "text", "language", "sequence", "tokens"]
     shape: tuple[int, ...]
     classes: int | None
     labels: tuple[str, ...] | None = None
@@ -45,6 +46,8 @@ class Dataset(Protocol):
 
     One with an attribute `endless` that is true makes rows of their numbers: a run then goes from
     each number to the next and sees none twice, where others are gone through in a shuffled order.
+    One of which a row counts more than one query has an attribute `passes`, that of its batches;
+    one of rows of different lengths has `lengths`, int64 [rows].
     """
 
     def __len__(self) -> int: ...
@@ -52,6 +55,11 @@ class Dataset(Protocol):
     def batch(self, index: Tensor) -> Batch:
         """The rows `index` (int64 [rows]), in that order; rows may repeat."""
         ...
+
+
+def passes(dataset: Dataset) -> int:
+    """Queries that one call of the model counts for a row; see `Batch`."""
+    return int(getattr(dataset, "passes", 1))
 
 
 @runtime_checkable

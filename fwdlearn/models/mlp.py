@@ -52,7 +52,7 @@ def mlp(
     Raises:
         UsageError: text data, or an argument out of range.
     """
-    if info.kind == "text":
+    if info.kind in ("text", "language"):
         raise UsageError("mlp reads features or images, not text; models.transformers reads text.")
     if info.kind in ("sequence", "tokens"):
         raise UsageError(f"mlp reads features or images, not {info.kind}; recurrent reads those.")

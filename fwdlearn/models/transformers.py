@@ -15,10 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fwdlearn.data.passages import LanguageProcessor
 from fwdlearn.data.types import DataInfo
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
 from fwdlearn.models.built import Built, weights_from
 from fwdlearn.models.images import ImageProcessor
+from fwdlearn.models.language import LanguageModel
 from fwdlearn.models.location import local_folder
 from fwdlearn.models.lora import ADAPTER, adapt, folded_state, save_adapter
 from fwdlearn.models.pooled import MeanPooled
@@ -26,8 +28,11 @@ from fwdlearn.models.readout import Look, Reader
 
 _HEADS = {
     "text": "AutoModelForSequenceClassification",
+    "language": "AutoModelForCausalLM",
     "image": "AutoModelForImageClassification",
 }
+# Those that read texts whose targets are words.
+_LANGUAGE = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM"}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -52,13 +57,15 @@ def transformers(
     that a model brings along is never run, and weights are read from safetensors only.
 
     Args:
-        info: of the data; text or images.
+        info: of the data; text, language or images.
         path: a folder that `save_pretrained` wrote, `package:NAME/FOLDER` for a folder inside an
             installed Python package, or a model's name on the hub (the local cache comes first).
-        head: `auto` chooses by the kind of data: sequence or image classification; `mean` puts a
-            linear classifier on the mean over tokens, the natural reading of sentence encoders;
-            `reader` freezes the model and trains a `Readout` of its layers' means and of single
-            tokens. Otherwise the name of a class with `from_pretrained`, such as
+        head: `auto` chooses by the kind of data: sequence or image classification, or a causal
+            language model; `causal` and `masked` are the language models, which get no new head
+            (see `fwdlearn.models.language`); `mean` puts a linear classifier on the mean over
+            tokens, the natural reading of sentence encoders; `reader` freezes the model and trains
+            a `Readout` of its layers' means and of single tokens. Otherwise the name of a class
+            with `from_pretrained`, such as
             `AutoModelForSequenceClassification`.
         dtype: of the weights.
         attention: transformers' `attn_implementation`; None leaves the choice to transformers.
@@ -86,6 +93,8 @@ def transformers(
     """
     if info.kind not in _HEADS:
         raise UsageError(f"transformers reads text or images, not {info.kind}; mlp reads features.")
+    if (head in _LANGUAGE) != (info.kind == "language") and head != "auto":
+        raise UsageError(_mismatch(head, info.kind))
     if dtype not in _DTYPES:
         raise UsageError(
             f"transformers(dtype=...) must be one of {', '.join(_DTYPES)}, got {dtype!r}."
@@ -95,19 +104,20 @@ def transformers(
     library = _library()
     if head in ("mean", "reader") and info.kind != "text":
         raise UsageError(f"transformers(head={head!r}) reads text; head='auto' reads images.")
-    named = {"auto": _HEADS[info.kind], "mean": "AutoModel", "reader": "AutoModel"}
+    named = {"auto": _HEADS[info.kind], "mean": "AutoModel", "reader": "AutoModel", **_LANGUAGE}
     loader: Any = getattr(library, named.get(head, head), None)
     if not hasattr(loader, "from_pretrained"):
         raise UsageError(
-            "transformers(head=...) must be auto, mean, reader or the name of a transformers model "
-            f"class, got {head!r}; {_HEADS[info.kind]} is what auto means here."
+            "transformers(head=...) must be auto, causal, masked, mean, reader or the name of a "
+            f"transformers model class, got {head!r}; {_HEADS[info.kind]} is what auto means here."
         )
-    with _quiet(library):
+    with quiet(library):
         source = _on_hub(path) if folder is None else str(folder)
         with _translated(path):
             config = library.AutoConfig.from_pretrained(source, trust_remote_code=False)
-            _set_head(config, info)
-            tokenizer = _tokenizer(library, source, config) if info.kind == "text" else None
+            if info.kind != "language":
+                _set_head(config, info)
+            tokenizer = None if info.kind == "image" else _tokenizer(library, source, config)
             extra = {} if attention is None else {"attn_implementation": attention}
             with weights_from(seed):
                 module = loader.from_pretrained(
@@ -126,6 +136,8 @@ def transformers(
                 if head == "reader":
                     module = Reader(Look(module, layer), info.outputs, detectors)
                     module.load_head(Path(source))
+                if info.kind == "language":
+                    module = LanguageModel(module, tokenizer)
                 inner = None if lora is None else _adapted(module, lora, lora_on, lora_alpha)
     if tokenizer is not None:
         # Tokenizers and models are mixed freely: what the model cannot take is not handed to it.
@@ -133,20 +145,23 @@ def transformers(
         names = [name for name in tokenizer.model_input_names if name in known]
         tokenizer.model_input_names = names
     processor = tokenizer if tokenizer is not None else _image_processor(Path(source), module)
+    if info.kind == "language":
+        processor = LanguageProcessor(tokenizer, head == "masked")
 
     def save(target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
-        with _quiet(library):
+        with quiet(library):
             if isinstance(module, MeanPooled | Reader):
                 module.save_pretrained(target)
             else:
-                module.save_pretrained(target, state_dict=folded_state(module))
+                own = module.model if isinstance(module, LanguageModel) else module
+                own.save_pretrained(target, state_dict=folded_state(own))
             if inner is not None:
                 _save_adapter(module, inner, target / ADAPTER, path)
-            if isinstance(processor, ImageProcessor):
-                processor.save(target)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(target)
             else:
-                processor.save_pretrained(target)
+                processor.save(target)
 
     module.eval()
     if head == "reader":
@@ -166,9 +181,14 @@ def _adapted(
             "transformers(lora=...): head='reader' freezes the model; leave lora out, or choose "
             "head='mean' or 'auto'."
         )
-    inner: nn.Module = module.encoder if isinstance(module, MeanPooled) else module.base_model  # type: ignore[assignment]
+    if isinstance(module, LanguageModel):
+        inner: nn.Module = module.model.base_model
+    else:
+        inner = module.encoder if isinstance(module, MeanPooled) else module.base_model  # type: ignore[assignment]
     adapt(inner, rank, patterns, alpha)
-    for name, value in inner.named_parameters():
+    # A language model has no head of its own making.
+    whole = module if isinstance(module, LanguageModel) else inner
+    for name, value in whole.named_parameters():
         value.requires_grad_(name.endswith((".lora_A", ".lora_B")))
     return inner
 
@@ -179,6 +199,9 @@ def _save_adapter(module: nn.Module, inner: nn.Module, folder: Path, base: str) 
         save_adapter(inner, folder, base)
         module.save_head(folder)
         return
+    if isinstance(module, LanguageModel):
+        save_adapter(module.model, folder, base)
+        return
     own = {id(value) for value in inner.parameters()}
     heads = tuple(
         name
@@ -186,6 +209,18 @@ def _save_adapter(module: nn.Module, inner: nn.Module, folder: Path, base: str) 
         if any(id(value) not in own for value in child.parameters())
     )
     save_adapter(module, folder, base, heads)
+
+
+def _mismatch(head: str, kind: str) -> str:
+    if kind == "language":
+        return (
+            f"transformers(head={head!r}) does not say words, and the data ask for some; choose "
+            "head=causal, or head=masked for label_words."
+        )
+    return (
+        f"transformers(head={head!r}) is a language model, and the data, of kind {kind}, ask for "
+        "no words; corpus, completions, chats, label_words and multiple_choice do."
+    )
 
 
 def _train(module: nn.Module, patterns: tuple[str, ...] | None) -> None:
@@ -298,7 +333,7 @@ def _translated(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(library: Any) -> Iterator[None]:
+def quiet(library: Any) -> Iterator[None]:
     """No progress bars and no notes about new heads within the block; afterwards as before."""
     settings = library.utils.logging
     verbosity, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()

@@ -15,6 +15,7 @@ from fwdlearn.arithmetic import alike
 from fwdlearn.baselines import BaselineTrainer, is_baseline
 from fwdlearn.data import Data, DataInfo
 from fwdlearn.data.seen import seen
+from fwdlearn.data.types import passes
 from fwdlearn.engine import trainable
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
 from fwdlearn.local import local_rows
@@ -61,12 +62,12 @@ def assemble(
     made: dict[str, Any] = {}
     for name in ("objective", "estimator", "allocator"):
         with blaming(recipe, parts[name]):
-            made[name] = parts[name]() if name != "objective" else _objective(parts[name])
+            made[name] = parts[name]()
     with blaming(recipe, parts["optimizer"]):
         optimizer = parts["optimizer"](params=_grouped(recipe, trainable(module)))
     schedule = None
     if "optimizer.schedule" in parts:
-        steps = _steps(recipe, made["estimator"], made["allocator"], module, len(data.train))
+        steps = _steps(recipe, made["estimator"], made["allocator"], module, data)
         with blaming(recipe, parts["optimizer.schedule"]):
             schedule = parts["optimizer.schedule"](
                 optimizer=optimizer, T_max=steps, total_steps=steps, total_iters=steps
@@ -81,6 +82,7 @@ def assemble(
             made["allocator"],
             optimizer,
             schedule=schedule,
+            metrics={metric.short: metric() for metric in recipe.metrics},
             sinks=sinks,
             **settings,
         )
@@ -149,25 +151,14 @@ def _grouped(recipe: Recipe, params: Mapping[str, nn.Parameter]) -> list[dict[st
     return [{"params": list(left.values())}, *groups] if left else groups
 
 
-def _objective(component: Component) -> Any:
-    """A class is instantiated; a function of (output, targets) is bound to its settings."""
-    if isinstance(component.factory, type):
-        return component()
-    if not component.arguments:
-        return component.factory
-    from functools import partial
-
-    return partial(component.factory, **component.arguments)
-
-
-def _steps(recipe: Recipe, estimator: Any, allocator: Any, module: nn.Module, rows: int) -> int:
+def _steps(recipe: Recipe, estimator: Any, allocator: Any, module: nn.Module, data: Data) -> int:
     """How many steps the run takes."""
     if recipe.trainer.steps is not None:
         return recipe.trainer.steps
-    rows = min(recipe.trainer.batch_size, rows)
+    rows = min(recipe.trainer.batch_size, len(data.train))
     pairs = allocator.budget(rows, allocator.init())
     cost = estimator.traits.cost(rows, pairs, measured(allocator.signals))
-    cost += local_rows(module, rows)
+    cost = cost * passes(data.train) + local_rows(module, rows)
     return max(1, (recipe.trainer.queries or 0) // cost)
 
 

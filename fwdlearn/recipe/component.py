@@ -8,6 +8,7 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
@@ -16,6 +17,9 @@ from fwdlearn.recipe.definitions import definition
 from fwdlearn.recipe.locate import COMPONENTS, GROUPS
 from fwdlearn.recipe.source import Path, Problem, dotted
 from fwdlearn.registry import KINDS, entries, load, suggest, target_of
+
+CALLED = ("objective", "metric")
+"""Kinds whose functions are called for every batch, with two arguments that come first."""
 
 PROVIDED: Mapping[str, frozenset[str]] = {
     "model": frozenset({"info"}),
@@ -60,7 +64,14 @@ class Component:
     def __call__(self, **provided: Any) -> Any:
         """Calls the factory with the recipe's arguments and those of `provided` that it wants."""
         more = {name: value for name, value in provided.items() if name in self.wants}
+        if self.kind in CALLED and not isinstance(self.factory, type):
+            return partial(self.factory, **self.arguments) if self.arguments else self.factory
         return self.factory(**self.arguments, **more)
+
+    @property
+    def short(self) -> str:
+        """The name without the module that it is in."""
+        return self.name.rpartition(":")[2].rpartition(".")[2]
 
     def blame(self, error: Exception) -> Problem:
         """The problem that an error of the factory is, at the argument that it names."""
@@ -87,7 +98,7 @@ def check_form(kind: str, path: Path, name: Any, given: Mapping[str, Any]) -> li
     if found is None or found.parameters is None:
         return []
     required = dict(found.parameters)
-    if kind == "objective" and found.is_function:
+    if kind in CALLED and found.is_function:
         required = dict(list(required.items())[2:])
     return _check_names(kind, path, given, required)
 
@@ -184,8 +195,8 @@ def _parameters(kind: str, target: str, factory: Any) -> tuple[dict[str, inspect
     except (NameError, TypeError, AttributeError):
         hints = {}
     found = list(signature.parameters.values())
-    if kind == "objective" and not inspect.isclass(factory):
-        found = found[2:]  # output and targets come with every batch
+    if kind in CALLED and not inspect.isclass(factory):
+        found = found[2:]  # come with every batch
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in found)
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {

@@ -28,6 +28,7 @@ class Recipe:
             optimizer.schedule.
         groups: pattern of parameter names -> the optimizer with what differs for them.
         sinks: tracking, in the order asked for.
+        metrics: figures that evaluations have beside their own.
         fixed: the other sections.
     """
 
@@ -36,6 +37,7 @@ class Recipe:
     components: Mapping[str, Component]
     groups: Mapping[str, Component]
     sinks: tuple[Component, ...]
+    metrics: tuple[Component, ...]
     fixed: Fixed
 
     @property
@@ -72,6 +74,7 @@ class Recipe:
             "output": self.output.model_dump(),
             "tracking": {sink.name: sink.settings for sink in self.sinks},
             "seed": self.seed,
+            **({"metrics": [_section(one) for one in self.metrics]} if self.metrics else {}),
             **({"compare": self.compare.model_dump()} if self.source.data.get("compare") else {}),
         }
 
@@ -116,6 +119,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 
     components: dict[str, Component] = {}
     sinks: list[Component] = []
+    metrics: list[Component] = []
     groups: dict[str, Component] = {}
     for kind, path, name, given in sections:
         component, more = bind(kind, path, name, given)
@@ -124,6 +128,8 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
             continue
         if kind == "sink":
             sinks.append(component)
+        elif kind == "metric":
+            metrics.append(component)
         elif path[:-1] == GROUPS:
             groups[str(path[-1])] = component
         else:
@@ -133,7 +139,12 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         raise _error(source, problems or form)
     order = [dotted(path) for path in COMPONENTS if dotted(path) in components]
     ordered = {name: components[name] for name in order}
-    return Recipe(recipe_name(recipe), source, ordered, groups, tuple(sinks), fixed)
+    name, others = recipe_name(recipe), (tuple(sinks), tuple(metrics))
+    return Recipe(name, source, ordered, groups, *others, fixed)
+
+
+def _section(component: Component) -> dict[str, Any]:
+    return {"name": component.name, **component.settings}
 
 
 Section = tuple[str, Path, str, dict[str, Any]]
@@ -170,6 +181,9 @@ def _sections(data: dict[str, Any]) -> tuple[list[Section], list[Problem]]:
                 more, wrong = _groups(section["name"], section.get(GROUPS[-1]))
                 found += more
                 problems += wrong
+    more, wrong = _metrics(data.get("metrics"))
+    found += more
+    problems += wrong
     tracking = data.get("tracking") or {}
     if not isinstance(tracking, dict):
         problems.append(Problem(("tracking",), f"must be keys and values, got {tracking!r}"))
@@ -185,6 +199,28 @@ def _sections(data: dict[str, Any]) -> tuple[list[Section], list[Problem]]:
             problems.append(Problem(path, f"must be true or arguments, got {section!r}"))
         else:
             found.append(("sink", path, name, section if isinstance(section, dict) else {}))
+    return found, problems
+
+
+def _metrics(metrics: Any) -> tuple[list[Section], list[Problem]]:
+    """What evaluations say beside their own figures: names, or `name:` and arguments."""
+    if metrics is None:
+        return [], []
+    items = metrics if isinstance(metrics, list) else [metrics]
+    found: list[Section] = []
+    problems: list[Problem] = []
+    for number, item in enumerate(items):
+        section = {"name": item} if isinstance(item, str) else item
+        if isinstance(section, dict) and isinstance(section.get("name"), str):
+            given = {key: value for key, value in section.items() if key != "name"}
+            found.append(("metric", ("metrics", number), section["name"], given))
+        else:
+            names = suggest("", entries("metric"))
+            message = f"must be names, or `name:` and arguments, got {item!r}; {names}"
+            problems.append(Problem(("metrics",), message))
+    told = [name.rpartition(":")[2] for _, _, name, _ in found]
+    for name in sorted({name for name in told if told.count(name) > 1}):
+        problems.append(Problem(("metrics",), f"has {name!r} twice; keep one"))
     return found, problems
 
 

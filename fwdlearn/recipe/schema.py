@@ -48,6 +48,9 @@ class TrainerSection(_Section):
     )
     evaluate_every: Count | None = Field(default=None, description="steps between evaluations")
     evaluation_batch_size: Count = Field(default=256, description="rows of an evaluation pass")
+    bucket: Count = Field(
+        default=1, description="batches that are sorted by length together; 1 sorts nothing"
+    )
     log_every: Count = Field(default=10, description="steps between log records")
     train_mode: bool = Field(default=False, description="dropout and batch norm as in training")
     device: Annotated[str, AfterValidator(_device)] = Field(
@@ -147,7 +150,8 @@ _FIXED: dict[str, type[BaseModel]] = {
 }
 REQUIRED = ("model", "data", "estimator", "optimizer", "trainer")
 SECTIONS = (
-    "model data objective estimator allocator optimizer trainer output tracking seed compare"
+    "model data objective estimator allocator optimizer trainer output tracking metrics seed "
+    "compare"
 ).split()
 
 

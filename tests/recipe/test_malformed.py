@@ -24,8 +24,8 @@ trainer:
 """
 
 SECTIONS = (
-    "model, data, objective, estimator, allocator, optimizer, trainer, output, tracking, seed, "
-    "compare"
+    "model, data, objective, estimator, allocator, optimizer, trainer, output, tracking, metrics, "
+    "seed, compare"
 )
 CASES = {
     "comparison": (

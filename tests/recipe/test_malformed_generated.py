@@ -37,6 +37,7 @@ optimizer:
 trainer: {batch_size: 16, steps: 5}
 output: {dir: here}
 tracking: {wandb: {project: digits}}
+metrics: [{name: accuracy}]
 compare: {seeds: [0, 1]}
 seed: 1
 """
