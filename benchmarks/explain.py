@@ -4,8 +4,8 @@
 
 Every shipped recipe, in processes of their own: `explain`, then a `train` of some ten seconds, in
 turns. Compared are the peak memory of the process and the queries a second of the steps. FOLDER
-holds the data of recipes that want IDX files or JSON lines; without them a few rows of the same
-form are made up.
+holds the data of recipes that want IDX files or JSON lines; without them, and where a text or a
+table is wanted, a few rows of the same form are made up.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import random
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
@@ -29,6 +30,7 @@ from fwdlearn.recipe.text import parse
 
 # Of the steps of a short run.
 SECONDS = 10.0
+BOOK, TABLE = "book.txt", "table.csv"
 
 
 def images(folder: Path) -> None:
@@ -52,6 +54,22 @@ def reviews(folder: Path) -> None:
         texts = (" ".join(draw.choices(words, k=draw.randint(8, 40))) for _ in range(rows))
         lines = (json.dumps({"text": text, "label": i % 2}) for i, text in enumerate(texts))
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def book(folder: Path) -> None:
+    """A text of words."""
+    words = "the of and to in a is that it was for on as with his he be at by this".split()
+    text = " ".join(random.Random(0).choices(words, k=20_000))
+    (folder / BOOK).write_text(text, "utf-8")
+
+
+def table(folder: Path) -> None:
+    """A walk and what goes with it, a time a line."""
+    draw, level, lines = random.Random(0), 0.0, ["load,heat,wind"]
+    for _ in range(3000):
+        level = 0.95 * level + draw.gauss(0, 1)
+        lines.append(f"{level:.3f},{draw.gauss(level, 1):.3f},{draw.random():.3f}")
+    (folder / TABLE).write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def loader(text: str) -> str:
@@ -126,18 +144,24 @@ def main() -> None:
     print(f"{'recipe':24}{head}{'queries/s':>12}{'measured':>12}{'error':>9}")
     entries = []
     with TemporaryDirectory() as made:
-        sources = {"idx": (asked.images, images), "jsonl": (asked.reviews, reviews)}
+        # Loader -> where the data is, what makes some, and the settings that name it.
+        sources: dict[str, tuple[Path | None, Callable[[Path], None], str]] = {
+            "idx": (asked.images, images, "data.path={}"),
+            "jsonl": (asked.reviews, reviews, "data.path={}"),
+            "characters": (None, book, f"data.path={{}}/{BOOK}"),
+            "csv_series": (None, table, f"data.path={{}}/{TABLE} data.target=load"),
+        }
         for recipe, text in shipped().items():
             if not fnmatch(recipe, f"*{asked.only}*"):
                 continue
             settings = []
             if (source := sources.get(loader(text))) is not None:
-                folder, make = source
+                folder, make, words = source
                 if folder is None:
                     folder = Path(made) / recipe
                     folder.mkdir()
                     make(folder)
-                settings.append(f"data.path={folder}")
+                settings = words.format(folder).split()
             entries.append(compare(recipe, settings, asked.rounds))
             show(entries[-1])
     merge(asked.output, entries, shipped(), asked.rounds)

@@ -22,6 +22,8 @@ from fwdlearn.objectives import at_step, counted, per_step
 
 # Steps that are looked at together.
 _PART = 256
+# Steps of those that are made for checks.
+_FEW = 4
 
 State = dict[str, Tensor]
 """What a model carries from step to step: name -> [rows, ...]."""
@@ -127,6 +129,15 @@ class Sequences:
     def each(self) -> bool:
         """Whether each step has a target."""
         return per_step(self.targets)
+
+    def few(self) -> Sequences:
+        """A few rows and steps for checks; a loss that comes last comes at the last of them."""
+        steps, rows = min(_FEW, self.steps), slice(0, 3)
+        first = next((n for n in range(self.steps) if self.counts(n)), 0)
+        begin = max(0, min(first, self.steps - steps))
+        place = slice(begin, begin + steps)
+        targets = self.targets[rows, place] if self.each else self.targets[rows]
+        return Sequences(self.inputs[rows, place], targets, self.objective)
 
     def input(self, step: int, row: Tensor) -> Tensor:
         """[len(row), ...]: what comes in."""

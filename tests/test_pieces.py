@@ -31,7 +31,7 @@ from fwdlearn.step_oracle import StepOracle
 from fwdlearn.steps import Carried
 from fwdlearn.trainer import Trainer
 
-from .engine.steps import MODELS, built, numbers, sequences
+from .engine.steps import MODELS, Torchs, built, numbers, sequences
 
 STEPS = 7
 
@@ -49,10 +49,11 @@ def full() -> Batch:
 
 
 @pytest.mark.parametrize("every", [1, 3, 7])
-@pytest.mark.parametrize("name", ["gru", "lstm", "feedback", "learned"])
+@pytest.mark.parametrize("name", ["gru", "lstm", "feedback", "learned", "torchs"])
 def test_losses_and_slopes_of_pieces_add_up(name: str, every: int) -> None:
     """With weights that stay as they are, the pieces are the whole; each has its own mean."""
-    batch, engine = full(), TimeEngine(built(MODELS[name]), mean_squared_error)
+    models = MODELS | {"torchs": Torchs}
+    batch, engine = full(), TimeEngine(built(models[name]), mean_squared_error)
     plan, estimators = Plan.uniform(4, 3), [SPSA(0.3), ForwardGradient()]
     for estimator in estimators[: 1 if name == "learned" else 2]:
 

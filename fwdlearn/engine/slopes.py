@@ -60,7 +60,7 @@ def _derivatives_in_inference() -> bool:
         return bool(torch.func.jvp(torch.exp, (one,), (one,))[1])
 
 
-def _derivable(method: Callable[P, T]) -> Callable[P, T]:
+def derivable(method: Callable[P, T]) -> Callable[P, T]:
     """Out of inference mode where torch, before 2.12, has no forward derivative but zero in it."""
 
     @wraps(method)
@@ -113,7 +113,7 @@ class Slopes:
         # Whether the loss of a row depends on the rows beside it.
         self._mixing = sequential.mixes_rows(model)
 
-    @_derivable
+    @derivable
     def __call__(
         self,
         batch: Batch,
@@ -154,7 +154,7 @@ class Slopes:
         except JvpError as error:
             raise UsageError(_refused(self.model, [f"jvp: {error}"])) from error
 
-    @_derivable
+    @derivable
     def choose(
         self, batch: Batch, dropout: Key | None = None, failed: Sequence[str] = ()
     ) -> Choice:

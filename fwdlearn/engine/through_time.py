@@ -11,11 +11,10 @@ derivative by forward mode through all of time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +24,7 @@ from fwdlearn.directions import Directions
 from fwdlearn.engine import sequential
 from fwdlearn.engine.activity import ActivitySlopes
 from fwdlearn.engine.choice import Choice
-from fwdlearn.engine.dual import Dual
-from fwdlearn.engine.dual_rules import DUAL_RULES
 from fwdlearn.engine.ladder import Engine
-from fwdlearn.engine.layout import slope_passes
 from fwdlearn.engine.measured import Measured
 from fwdlearn.engine.moments import Moments
 from fwdlearn.engine.params import trainable
@@ -36,7 +32,9 @@ from fwdlearn.engine.queries import Queries, masks
 from fwdlearn.engine.room import Room
 from fwdlearn.engine.rules import RULES
 from fwdlearn.engine.sites import Activations
-from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
+from fwdlearn.engine.step_slopes import StepSlopes
+from fwdlearn.engine.step_trace import Traced, Unrolled, traced
+from fwdlearn.engine.trace import TraceError
 from fwdlearn.engine.watch import Start, Watch, by_mode, by_type
 from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
@@ -48,47 +46,6 @@ _WIDEST_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 _WHOLE_ROWS = 64
 # Largest difference from the reference, relative to the change that the perturbation makes.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
-# Of slopes, from differences of losses.
-_SLACK = {torch.float64: 1e-4, torch.float32: 5e-2}
-# Ends the name of a state's tangents.
-_MOVED = "'"
-# Steps on which passes are checked.
-_CHECKED = 4
-
-
-Traced = tuple[Sequence[Use], Sequence[Use], Sequence[Use]]
-
-
-class Unrolled(Sequence[Use]):
-    """The uses of parameters in a sequence, of which one step's are written down.
-
-    Args:
-        head: what the initial state uses.
-        first: what the first step uses.
-        rest: what each of the others uses.
-        steps: how many there are.
-    """
-
-    def __init__(
-        self, head: Sequence[Use], first: Sequence[Use], rest: Sequence[Use], steps: int
-    ) -> None:
-        self.head, self.first, self.rest, self.steps = head, first, rest, steps
-
-    def __len__(self) -> int:
-        return len(self.head) + len(self.first) + (self.steps - 1) * len(self.rest)
-
-    @overload
-    def __getitem__(self, number: int) -> Use: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Use]: ...
-    def __getitem__(self, number: int | slice) -> Use | Sequence[Use]:
-        if isinstance(number, slice):
-            return [self[one] for one in range(*number.indices(len(self)))]
-        for part in (self.head, self.first):
-            if number < len(part):
-                return part[number]
-            number -= len(part)
-        return self.rest[number % len(self.rest)]
 
 
 class TimeEngine:
@@ -133,12 +90,16 @@ class TimeEngine:
         self.widest = 1
         self._uses: dict[int, Traced] = {}
         self._watch: Watch = by_mode
-        self._differentiable: bool | None = None
 
     @cached_property
     def moments(self) -> Moments:
         """Noise in the layers, step by step."""
         return Moments(self)
+
+    @cached_property
+    def _exact(self) -> StepSlopes:
+        """Exact slopes, along tangents that states carry."""
+        return StepSlopes(self)
 
     @cached_property
     def activations(self) -> Activations:
@@ -168,9 +129,9 @@ class TimeEngine:
             return self.choice
         sequences = Sequences.of(batch, self.objective)
         # An error of the model's own is no reason to step down.
-        self._plain(_cut(sequences), torch.arange(1, device=batch.device), dropout)
+        self._plain(sequences.few(), torch.arange(1, device=batch.device), dropout)
         try:
-            found = self._check(_cut(sequences), dropout)
+            found = self._check(sequences.few(), dropout)
         except FwdlearnError:
             raise
         except Exception as error:  # anyone's model, run as it was not written to be
@@ -200,10 +161,10 @@ class TimeEngine:
         sequences = Sequences.of(batch, self.objective)
         dropout = self._dropout(dropout)
         if directions is None or direction is None:
-            found, every = self._zero(row), torch.arange(len(row), device=row.device)
+            found, every = self.zero(row), torch.arange(len(row), device=row.device)
             for part in every.split(self.size(1)):
                 with masks(dropout, row[part]):
-                    found[part] = self._total(sequences, row[part], _Part.of(memory, part))
+                    found[part] = self._total(sequences, row[part], memory, part)
             return found
         choice = self.choice or self.choose(batch, dropout)
         scale = torch.as_tensor(scale, dtype=torch.float64, device=row.device).expand(len(row))
@@ -212,7 +173,7 @@ class TimeEngine:
         queries = Queries(batch, row, directions, direction, scale, dropout)
         if choice.rung == "fold":
             return self._fold(sequences, queries, memory)
-        return self._reference(sequences, queries, memory)
+        return self.reference(sequences, queries, memory)
 
     def slopes(
         self,
@@ -231,17 +192,14 @@ class TimeEngine:
         Raises:
             UsageError: an operation of the model has no forward derivative, or hides it.
         """
-        sequences, dropout = Sequences.of(batch, self.objective), self._dropout(dropout)
-        if not self._differentiable:
-            self._check_slopes(_cut(sequences), dropout)
-            self._differentiable = True
-        return self._slopes(sequences, row, directions, direction, dropout, memory)
+        sequences = Sequences.of(batch, self.objective)
+        return self._exact(sequences, row, directions, direction, self._dropout(dropout), memory)
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, object]:
         """Losses [rows], and what goes out: at every step that has a target, or at the last."""
         sequences = Sequences.of(batch, self.objective)
         row = torch.arange(len(batch), device=batch.device)
-        total = self._zero(row)
+        total = self.zero(row)
         outputs: list[Tensor] = []
         for output, loss, _ in self._run(sequences, row):
             if loss is not None:
@@ -294,7 +252,7 @@ class TimeEngine:
         double = any(value.dtype == torch.float64 for value in self.params.values())
         return torch.float64 if double else torch.float32
 
-    def _zero(self, row: Tensor) -> Tensor:
+    def zero(self, row: Tensor) -> Tensor:
         return torch.zeros(len(row), dtype=self.wide, device=row.device)
 
     def _run(
@@ -306,24 +264,36 @@ class TimeEngine:
             output, state = self.model.step(sequences.input(step, row), state)
             yield output, sequences.loss(step, row, output), state
 
-    def _total(
-        self, sequences: Sequences, row: Tensor, carried: _Part | _Moving | None = None
-    ) -> Tensor:
-        """Losses [len(row)]."""
-        total, state = self._zero(row), None if carried is None else carried.before()
+    def through(
+        self, sequences: Sequences, row: Tensor, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Losses [len(row)], and the states at the end.
+
+        Args:
+            state: to begin with; None for the model's own.
+        """
+        state = self.model.initial(len(row)) if state is None else state
+        total = self.zero(row)
         for step in self._run(sequences, row, state):
             _, loss, state = step
             if loss is not None:
                 total = total + loss
-        if carried is not None and state is not None:
-            carried.keep(state)
+        return total, state
+
+    def _total(
+        self, sequences: Sequences, row: Tensor, memory: Memory | None = None, place: Any = None
+    ) -> Tensor:
+        """Losses [len(row)]; queries `place` of the memory go on with their states."""
+        total, state = self.through(sequences, row, None if memory is None else memory.at(place))
+        if memory is not None:
+            memory.keep(place, state)
         return total
 
     def _plain(self, sequences: Sequences, row: Tensor, dropout: Key | None) -> Tensor:
         with masks(dropout, row):
             return self._total(sequences, row)
 
-    def _unrolled(
+    def unrolled(
         self, rules: Any, sequences: Sequences, dropout: Key | None, memory: Memory | None
     ) -> Unrolled:
         head, first, rest = self.traced(rules, sequences, dropout)
@@ -334,14 +304,14 @@ class TimeEngine:
     def _fold(self, sequences: Sequences, queries: Queries, memory: Memory | None = None) -> Tensor:
         together, order = queries.together()
         place = torch.arange(len(queries), device=queries.row.device) if order is None else order
-        uses = self._unrolled(RULES, sequences, queries.dropout, memory)
-        found, done = self._zero(queries.row), 0
+        uses = self.unrolled(RULES, sequences, queries.dropout, memory)
+        found, done = self.zero(queries.row), 0
         with self._watch(self.model, self.params, uses, RULES) as start:
             for some in together.blocks(self.size(1)):
                 mine = place[done : done + len(some)]
                 done += len(some)
                 with some.masks(), start(some) as fold:
-                    found[mine] = self._total(sequences, some.row, _Part.of(memory, mine))
+                    found[mine] = self._total(sequences, some.row, memory, mine)
                 fold.finish()
         return found
 
@@ -365,21 +335,21 @@ class TimeEngine:
         with self._watch(self.model, self.params, rest, RULES) as start:
             yield start
 
-    def _reference(
+    def reference(
         self, sequences: Sequences, queries: Queries, memory: Memory | None = None
     ) -> Tensor:
         """One perturbed copy of the parameters at a time."""
-        found = self._zero(queries.row)
+        found = self.zero(queries.row)
         for direction, scale, mine in queries.points():
             copy = sequential.perturbed_copy(self.params, queries.directions, direction, scale)
             for part in mine.split(self.size(1)):
                 some = queries.at(part)
-                with some.masks(), self._seeing(copy):
-                    found[part] = self._total(sequences, some.row, _Part.of(memory, part))
+                with some.masks(), self.seeing(copy):
+                    found[part] = self._total(sequences, some.row, memory, part)
         return found
 
     @contextmanager
-    def _seeing(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def seeing(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Within, the model holds other tensors in the place of its parameters."""
         places = [
             (module._parameters, name, value)
@@ -395,29 +365,6 @@ class TimeEngine:
             for holder, name, value in places:
                 holder[name] = value
 
-    def _slopes(
-        self,
-        sequences: Sequences,
-        row: Tensor,
-        directions: Directions,
-        direction: Tensor,
-        dropout: Key | None,
-        memory: Memory | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        uses = self._unrolled(DUAL_RULES, sequences, dropout, memory)
-        losses, slopes = self._zero(row), self._zero(row)
-        for some in slope_passes(row, direction, self.size(1), private=True):
-            dual = Dual(self.names, uses, DUAL_RULES, directions, some.direction)
-            carried = None if memory is None else _Moving(memory, some.query, dual)
-            with masks(dropout, some.row), dual:
-                total = self._total(sequences, some.row, carried)
-            dual.finish()
-            moved = dual.tangent(total)
-            losses[some.query] = total.expand(some.query.shape)
-            if moved is not None:
-                slopes[some.query] = moved
-        return losses, slopes
-
     def traced(self, rules: Any, sequences: Sequences, dropout: Key | None) -> Traced:
         """What the initial state, the first step and each of the others use of the parameters.
 
@@ -425,28 +372,9 @@ class TimeEngine:
             rules: functions that are known as a whole.
         """
         if id(rules) not in self._uses:
-            recorders, counts = [], []
-            for rows in (2, 3):
-                row = torch.arange(rows, device=sequences.inputs.device) % sequences.rows
-                recorder, marks = Recorder(self.names, rules), []
-                with masks(dropout, row), recorder:
-                    state = self.model.initial(rows)
-                    marks.append(len(recorder.seen))
-                    # A state that is no parameter's depends on the rows from the first step on.
-                    recorder.start([s for s in state.values() if not recorder.is_made(s)])
-                    for step in range(2):
-                        x = sequences.input(step % sequences.steps, row)
-                        recorder.start(x)
-                        _, state = self.model.step(x, state)
-                        marks.append(len(recorder.seen))
-                recorders.append(recorder)
-                counts.append(marks)
-            uses = compare(*recorders)
-            if counts[0] != counts[1]:
-                raise TraceError("the operations depend on how many rows there are")
-            head, first, rest = counts[0]
-            self._uses[id(rules)] = uses[:head], uses[head:first], uses[first:rest]
-            self.widest = max(self.widest, -(-recorders[1].widest // 3))
+            found, widest = traced(self.model, self.names, rules, sequences, dropout)
+            self._uses[id(rules)] = found
+            self.widest = max(self.widest, widest)
         return self._uses[id(rules)]
 
     def _check(self, sequences: Sequences, dropout: Key | None) -> str:
@@ -468,7 +396,7 @@ class TimeEngine:
         raise AssertionError("one of the ways decides")
 
     def _compared(self, sequences: Sequences, dropout: Key | None) -> str:
-        queries, tolerance, least = self._probe(sequences, dropout), self._allowed(_TOLERANCE), 1e9
+        queries, tolerance, least = self.probe(sequences, dropout), self.allowed(_TOLERANCE), 1e9
         plain = self._plain(sequences, queries.row, dropout)
         # Loud enough to be seen over rounding, not so loud that the model saturates.
         for size in (1e-3, 1e-2, 1e-1):
@@ -480,7 +408,7 @@ class TimeEngine:
                 queries.scale * size,
                 dropout,
             )
-            reference = self._reference(sequences, loud)
+            reference = self.reference(sequences, loud)
             change = (reference - plain).abs().max()
             error = (self._fold(sequences, loud) - reference).abs().max()
             if torch.isfinite(change) and change > 0:
@@ -492,116 +420,12 @@ class TimeEngine:
             f"(allowed: {tolerance:.0e})"
         )
 
-    def _check_slopes(self, sequences: Sequences, dropout: Key | None) -> None:
-        """Raises UsageError unless slopes agree with differences of losses."""
-        name, tolerance, least = type(self.model).__name__, self._allowed(_SLACK), float("inf")
-        way_out = "Choose an estimator that needs losses alone (`fwdlearn ls` shows them)."
-        probe = self._probe(sequences, dropout)
-        asked = (sequences, probe.row, probe.directions, probe.direction, dropout)
-        try:
-            found = self._slopes(*asked)[1].double()
-        except (FwdlearnError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # anyone's model, run as it was not written to be
-            reason = " ".join(str(error).split())
-            raise UsageError(f"{name} gives no exact slopes: {reason}. {way_out}") from error
-        for size in (1e-3, 1e-4, 1e-2, 1e-5):
-            sides = [
-                self._reference(
-                    sequences,
-                    Queries(
-                        probe.batch,
-                        probe.row,
-                        probe.directions,
-                        probe.direction,
-                        probe.scale * size * side,
-                        dropout,
-                    ),
-                ).double()
-                for side in (1, -1)
-            ]
-            differences = (sides[0] - sides[1]) / (2 * size)
-            apart = (found - differences).norm() / differences.norm().clamp(min=1e-300)
-            least = min(least, float(apart))
-            if least <= tolerance:
-                return
-        raise UsageError(
-            f"{name} gives no exact slopes: they differ from differences of losses by "
-            f"{least:.0e} (allowed: {tolerance:.0e}), so an operation hides its derivative. "
-            f"{way_out}"
-        )
-
-    def _probe(self, sequences: Sequences, dropout: Key | None) -> Queries:
+    def probe(self, sequences: Sequences, dropout: Key | None) -> Queries:
         """A query for each of a few rows, along a direction of its own, at scale 1."""
         row = torch.arange(min(3, sequences.rows), device=sequences.inputs.device)
         directions = Directions(Key.root(0).fold("self-check"), self.params, len(row))
         batch = Batch((sequences.inputs,), sequences.targets)
         return Queries(batch, row, directions, row, torch.ones_like(row).double(), dropout)
 
-    def _allowed(self, tolerances: Mapping[torch.dtype, float]) -> float:
+    def allowed(self, tolerances: Mapping[torch.dtype, float]) -> float:
         return max(tolerances.get(value.dtype, 0.5) for value in self.params.values())
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The memory of some queries."""
-
-    memory: Memory
-    place: Tensor
-
-    @classmethod
-    def of(cls, memory: Memory | None, place: Tensor) -> _Part | None:
-        return None if memory is None else cls(memory, place)
-
-    def before(self) -> State | None:
-        return self.memory.at(self.place)
-
-    def keep(self, state: State) -> None:
-        self.memory.keep(self.place, state)
-
-
-@dataclass(frozen=True)
-class _Moving:
-    """The memory of a pass with tangents: states of rows, and K tangents of each.
-
-    Args:
-        memory: of all queries; each has the state of its row, and a tangent.
-        query: int64 [K, rows].
-    """
-
-    memory: Memory
-    query: Tensor
-    dual: Dual
-
-    def before(self) -> State | None:
-        # Of a row, any of its queries tells.
-        plain, moved = self.memory.at(self.query[0]), self.memory.at(self.query.flatten())
-        if plain is None or moved is None:
-            return None
-        state = {name: value for name, value in plain.items() if not name.endswith(_MOVED)}
-        for name, value in state.items():
-            tangent = moved[name + _MOVED].view(*self.query.shape, *value.shape[1:])
-            self.dual.carry(value, tangent)
-        return state
-
-    def keep(self, state: State) -> None:
-        kept = {}
-        for name, value in state.items():
-            whole, moved = value.expand(len(self.query), *value.shape), self.dual.tangent(value)
-            kept[name] = whole
-            kept[name + _MOVED] = torch.zeros_like(whole) if moved is None else moved
-        flat = {name: value.flatten(0, 1) for name, value in kept.items()}
-        self.memory.keep(self.query.flatten(), flat)
-
-
-def _cut(sequences: Sequences) -> Sequences:
-    """A few rows and the first steps; a loss that comes last comes at the last of them."""
-    steps = min(_CHECKED, sequences.steps)
-    first = next((n for n in range(sequences.steps) if sequences.counts(n)), 0)
-    begin = max(0, min(first, sequences.steps - steps))
-    rows = slice(0, 3)
-    inputs = sequences.inputs[rows, begin : begin + steps]
-    targets = sequences.targets[rows]
-    if sequences.each:
-        targets = targets[:, begin : begin + steps]
-    return Sequences(inputs, targets, sequences.objective)

@@ -56,6 +56,26 @@ class Learned(nn.Module):
         return unrolled(self, x)
 
 
+class Torchs(nn.Module):
+    """A cell of torch's own, one operation that no rule is for, and a state that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTMCell(2, 4), nn.Linear(4, 2)
+
+    def initial(self, rows: int) -> State:
+        zero = self.head.weight.new_zeros(rows, 4)
+        return {"h": zero, "c": zero, "t": torch.zeros(rows, dtype=torch.int64)}
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        h, c = self.cell(x, (state["h"], state["c"]))
+        out = self.head(h) * (1 + state["t"] % 2).unsqueeze(1).to(h.dtype)
+        return out, {"h": h, "c": c, "t": state["t"] + 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unrolled(self, x)
+
+
 class Mixing(nn.Module):
     """Its state is centred over the rows of a pass."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from fwdlearn.objectives import cross_entropy, mean_squared_error
 from fwdlearn.oracle import ModelOracle
 from fwdlearn.step_oracle import StepOracle
 
-from .steps import MODELS, Mixing, Stepwise, built, cell, numbers, sequences
+from .steps import MODELS, Mixing, Stepwise, Torchs, built, cell, numbers, sequences
 
 ROW = torch.tensor([0, 0, 1, 2, 2, 3])
 NUMBER = torch.tensor([0, 1, 2, 0, 3, 4])
@@ -51,6 +52,30 @@ def test_losses_and_slopes_are_those_of_the_whole(name: str, rank: int | None) -
             strict=True,
         ):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_what_the_dual_cannot_follow_has_slopes_by_torchs_own_forward_mode() -> None:
+    model, batch = built(Torchs), sequences()
+    engine = TimeEngine(model, mean_squared_error)
+    engine.choose(batch)
+    directions = family(engine)
+    with torch.inference_mode():
+        losses, slopes = engine.slopes(batch, ROW, directions, NUMBER)
+    assert engine.choice is not None
+    assert "exact slopes by jvp (dual: Input batch size 1" in engine.choice.reason
+    tangents = {name: directions.dense(name, torch.arange(5)) for name in engine.params}
+
+    def loss(row: int, params: dict[str, Tensor]) -> Tensor:
+        rows = batch.select(torch.tensor([row]))
+        out = torch.func.functional_call(model, params, rows.args)
+        return mean_squared_error(out, rows.targets)[0]
+
+    weights = {name: value.detach() for name, value in engine.params.items()}
+    for query, (row, number) in enumerate(zip(ROW.tolist(), NUMBER.tolist(), strict=True)):
+        moved = {name: value[number] for name, value in tangents.items()}
+        plain, slope = torch.func.jvp(partial(loss, row), (weights,), (moved,))
+        torch.testing.assert_close(losses[query], plain, rtol=1e-10, atol=0)
+        torch.testing.assert_close(slopes[query], slope, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", list(MODELS))
