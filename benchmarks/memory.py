@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks import steps
-from benchmarks.models import Work, works
+from benchmarks.models import Work, large, works
 from benchmarks.options import chosen, options
 from benchmarks.results import merge
 from fwdlearn.allocator import Plan
@@ -28,7 +28,8 @@ from fwdlearn.engine.footprint import LiveBytes
 from fwdlearn.errors import MissingError
 from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
 
-WORKS = ("blocks d=256 L=4, 8 x (4 x 64)", "MiniLM float32, 8 x (16 x 64)")
+NAMES = ("blocks d=256 L=4, 8 x (4 x 64)", "MiniLM float32, 8 x (16 x 64)")
+WORKS = {**{name: works()[name] for name in NAMES}, **large()}
 VARIANTS = ("inference", "fold, private", "fold, shared", "in place, seed replay", "backprop")
 
 
@@ -102,6 +103,7 @@ def measure(work: Work, rounds: int) -> list[dict[str, Any]]:
     block = block_of(work)
     entries = []
     for name in VARIANTS:
+        rounds = max(1, rounds // work.patience)
         runs = [alone(work.name, name, block) for _ in range(rounds)]
         peak = min(run["peak"] for run in runs)
         entry = {"work": work.name, "variant": name, "block": block}
@@ -125,13 +127,13 @@ def table(entries: list[dict[str, Any]]) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--alone"]:
         _, _, name, kind, block = sys.argv
-        print(json.dumps(process(works()[name](), kind, int(block))))
+        print(json.dumps(process(WORKS[name](), kind, int(block))))
         return
     asked = options("memory", rounds=3)
     kinds = "".join(f"{kind:>10}{'ratio':>8}" for kind in ("live MiB", "process"))
     print(f"{'work':34}{'variant':24}{kinds}{'step':>10}")
     results = []
-    for name, made in chosen({name: works()[name] for name in WORKS}, asked.only).items():
+    for name, made in chosen(WORKS, asked.only).items():
         try:
             entries = measure(made(), asked.rounds)
         except MissingError as error:

@@ -139,6 +139,45 @@ def minilm(dtype: Literal["float32", "bfloat16"], rows: int, tokens: int) -> Par
     return built.module, Batch((), targets, inputs)
 
 
+class NextToken(nn.Module):
+    """A causal language model as a classifier of the token that comes next."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        output = self.model(input_ids=input_ids, logits_to_keep=1, use_cache=False)
+        return output.logits[:, -1]
+
+
+def llama(layers: int, rows: int, tokens: int) -> Parts:
+    """Layers of the shape of TinyLlama in bfloat16, 22 of which have 1.1 billion weights.
+
+    Laid out on the meta device, so that no second copy of the weights is ever made.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    angles = type(model.model.rotary_emb)(config)
+    model = model.to_empty(device="cpu")
+    model.model.rotary_emb = angles
+    with weights_from(0), torch.no_grad():
+        for value in model.parameters():
+            for part in value.split(256):
+                part.fill_(1.0) if value.dim() == 1 else part.normal_(std=0.02)
+        ids, targets = torch.randint(32_000, (rows, tokens)), torch.randint(32_000, (rows,))
+    return NextToken(model).eval(), Batch((), targets, {"input_ids": ids})
+
+
 def works() -> Mapping[str, Callable[[], Work]]:
     """Name -> what makes the workload; nothing is built before.
 
@@ -170,3 +209,9 @@ def works() -> Mapping[str, Callable[[], Work]]:
         name = f"blocks bfloat16 d={width} L=4, 8 x (16 x 64)"
         add(name, partial(short, partial(Transformer, width, 4, 128), 16, 64, width), 8, 16, 4)
     return found
+
+
+def large() -> Mapping[str, Callable[[], Work]]:
+    """Models full of weights, on few rows: what a step takes cannot hide behind activations."""
+    name = "Llama 1.1B bfloat16, 2 x (2 x 16)"
+    return {name: lambda: Work(name, *llama(22, 2, 16), 2, 2, 20)}

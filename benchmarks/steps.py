@@ -18,7 +18,7 @@ from fwdlearn.directions import Directions
 from fwdlearn.engine import Engine
 from fwdlearn.engine.slopes import Slopes
 from fwdlearn.estimators import RandomPerturbation
-from fwdlearn.gradient import DirectionGradient
+from fwdlearn.gradient import DirectionGradient, update_of
 from fwdlearn.keys import Key
 from fwdlearn.oracle import ModelOracle
 
@@ -195,4 +195,4 @@ def _drawn(directions: Directions) -> Directions:
 def _update(params: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> None:
     # So small that the next round starts from the same weights.
     for name in gradient:
-        params[name].add_(gradient[name], alpha=-1e-9)
+        params[name].add_(update_of(gradient, name, params[name])[0], alpha=-1e-9)

@@ -249,6 +249,11 @@ class Directions:
     def _expand_bytes(self) -> int:
         return _EXPAND_BYTES if self.device.type == "cpu" else _EXPAND_BYTES_GPU
 
+    @property
+    def piece(self) -> int:
+        """Numbers of a gradient in float32 that take no more than expanded directions do."""
+        return self._expand_bytes // 4
+
     def at(self, ids: Tensor | slice, together: bool = True) -> Factors:
         """Some of the directions, to be asked for all parameters `together` or for a few."""
         return Factors(self, ids, together)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fwdlearn.engine.footprint import LiveBytes
 from fwdlearn.estimator import Estimate
+from fwdlearn.gradient import update_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def counted(
             before = live.now
             with _twin(optimizer, parameter) as (twin, probe):
                 beside, start = live.now - before, len(live.moments)
-                _update(twin, probe, made.grad[name])
+                _update(twin, probe, made.grad, name)
             update = max(update, max(live.moments[start:]) - beside - held)
     return Step(peak, held, update, optimizer_bytes(optimizer))
 
@@ -89,16 +90,18 @@ def timed(
             for name, parameter in params.items():
                 with _twin(optimizer, parameter) as (twin, probe):
                     started = time.monotonic()
-                    _update(twin, probe, made.grad[name])
+                    _update(twin, probe, made.grad, name)
                     spent += time.monotonic() - started
             queries += made.queries
             steps += 1
     return queries / spent
 
 
-def _update(twin: torch.optim.Optimizer, probe: nn.Parameter, grad: Tensor) -> None:
-    torch.dot(grad.flatten(), grad.flatten()).item()
-    probe.grad = grad.to(probe.dtype)
+def _update(
+    twin: torch.optim.Optimizer, probe: nn.Parameter, gradient: Mapping[str, Tensor], name: str
+) -> None:
+    probe.grad, square = update_of(gradient, name, probe)
+    square.item()
     twin.step()
     probe.grad = None
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fwdlearn.directions import LAWS, Directions, Rademacher, Site
+from fwdlearn.directions import LAWS, Directions, LowRank, Rademacher, Site
 
 
 class DirectionGradient(Mapping[str, Tensor]):
@@ -68,6 +68,34 @@ class DirectionGradient(Mapping[str, Tensor]):
             return torch.zeros(site.shape, dtype=dtype, device=family.device)
         size = self._size(site)
         return (total if size == 1 else total.mul_(size)).view(site.shape)
+
+    def rounded(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same in a short dtype, and its squared norm before it is rounded.
+
+        Made some rows of a matrix at a time: beside the result there is little of it in float32.
+        """
+        family = self.directions
+        site = family.sites[name]
+        (m, n), chunks = site.matrix, list(family.chunks(name, family.count))
+        coefficients, size = self._wide[torch.float32], self._size(site)
+        out = torch.empty(m, n, dtype=dtype, device=family.device)
+        square = torch.zeros((), device=family.device)
+        kept: list[LowRank] = []
+        for rows in out.split(max(1, family.piece // n)):
+            total = torch.zeros(rows.shape, device=family.device)
+            first = rows.storage_offset() // n
+            for chunk in chunks:
+                factors = kept[0] if kept else family.factors(name, chunk)
+                assert isinstance(factors, LowRank)
+                if len(chunks) == 1:
+                    kept = [factors]
+                left = factors.left[:, first : first + len(rows)].float()
+                left = left * coefficients[chunk, None, None]
+                left = left.transpose(1, 2).flatten(0, 1).T
+                total += self._product(left, factors.right.transpose(1, 2).flatten(0, 1))
+            rows.copy_(total.mul_(size))
+            square += torch.dot(total.flatten(), total.flatten())
+        return out.view(site.shape), square
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         """[m, k] in the dtype of the sum times [k, n] numbers of the law."""
@@ -156,6 +184,21 @@ def thirds(value: Tensor) -> Tensor:
         parts.append(value.to(torch.bfloat16))
         value = value - parts[-1].float()
     return torch.cat(parts, 1)
+
+
+def update_of(gradient: Mapping[str, Tensor], name: str, value: Tensor) -> tuple[Tensor, Tensor]:
+    """What an optimizer is handed for a parameter, in its dtype, and the squared norm of that.
+
+    Where the dtype is short and the parameter large, the gradient is not formed in float32 first.
+    """
+    short = value.dtype.itemsize < 4
+    if short and isinstance(gradient, DirectionGradient):
+        family = gradient.directions
+        if family.sites[name].rank and value.numel() > family.piece:
+            return gradient.rounded(name, value.dtype)
+    grad = gradient[name]
+    square = torch.dot(grad.flatten(), grad.flatten())
+    return grad.to(value.dtype), square
 
 
 class Summed(Mapping[str, Tensor]):

@@ -27,7 +27,7 @@ from fwdlearn.engine.through_time import TimeEngine
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.forecast import counted, timed
-from fwdlearn.gradient import ScaledGradient
+from fwdlearn.gradient import ScaledGradient, update_of
 from fwdlearn.keys import Key
 from fwdlearn.local import learn_locally, local_rows
 from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
@@ -523,14 +523,15 @@ class Trainer:
         """One tensor at a time, so that one dense gradient is alive at once; the squared norms."""
         square_norms: dict[str, float] = {}
         for name in names:
-            parameter, grad = self.engine.params[name], estimate.grad[name]
-            square = float(torch.dot(grad.flatten(), grad.flatten()))
+            parameter = self.engine.params[name]
+            parameter.grad, found = update_of(estimate.grad, name, parameter)
+            square = float(found)
             if not math.isfinite(square):
+                parameter.grad = None
                 raise NonFiniteError(
                     f"the gradient of {name} is not finite; lower the learning rate or raise sigma."
                 )
             square_norms[name] = square
-            parameter.grad = grad.to(parameter.dtype)
             with alike(parameter.dtype in SHORT):
                 self.optimizer.step()
             parameter.grad = None

@@ -1,6 +1,7 @@
 """The reference pass: one perturbed copy of the parameters at a time.
 
-Slow, and right for any model that runs at all. Every faster rung is measured against it.
+Slow, and right for any model that runs at all. Every faster rung is measured against it. Of a
+large model only the small tensors are copied; the large ones are perturbed where they are used.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fwdlearn.batch import Batch
-from fwdlearn.directions import Directions
+from fwdlearn.directions import Directions, LowRank
+from fwdlearn.engine.at_use import AtUse
 from fwdlearn.engine.params import in_place
 from fwdlearn.engine.queries import Queries
 from fwdlearn.errors import UsageError
+
+# Bytes of the smallest parameters that are copied for the time of a pass.
+_COPIED_BYTES = 64 * 2**20
+# Numbers of a parameter that are perturbed at once.
+_AT_ONCE = 2**22
 
 
 def run(
@@ -42,8 +49,13 @@ def run(
         )
     mixing = mixes_rows(model)
     out: Tensor | None = None
+    large = _large(params)
     for direction, scale, mine in queries.points():
-        copy = perturbed_copy(params, queries.directions, direction, scale)
+
+        def form(name: str, direction: int = direction, scale: float = scale) -> Tensor:
+            return _perturbed(name, params[name], queries.directions, direction, scale)
+
+        copy = {name: form(name) for name in params if name not in large}
         if mixing:
             check_whole(queries.row[mine], len(queries.batch))
             # Perturbed passes must leave no trace in the running statistics.
@@ -51,19 +63,39 @@ def run(
         for part in mine.split(len(queries.batch) if mixing else block):
             some = queries.at(part)
             rows = some.inputs()
-            with some.masks():
-                state = in_place(model, copy)
+
+            def losses(others: Mapping[str, Tensor], rows: Batch = rows) -> Tensor:
+                state = in_place(model, others)
                 output = functional_call(
                     model, state, rows.args, dict(rows.kwargs), tie_weights=False
                 )
-            losses = row_losses(output, rows)
+                return row_losses(output, rows)
+
+            with some.masks(), AtUse(large, form) as seen:
+                found = losses(copy)
+            if seen.missed:
+                # Used where torch functions do not show it, or not at all.
+                copy |= {name: form(name) for name in seen.missed}
+                large = {name: large[name] for name in large if name not in seen.missed}
+                with some.masks(), AtUse(large, form):
+                    found = losses(copy)
             if out is None:
-                out = losses.new_empty(len(queries))
-            out[part] = losses
+                out = found.new_empty(len(queries))
+            out[part] = found
         # Not alive beside the next one.
         del copy
     assert out is not None
     return out
+
+
+def _large(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that are not copied for the time of a pass."""
+    large, copied = {}, 0
+    for name, value in sorted(params.items(), key=lambda item: item[1].numel()):
+        copied += value.numel() * value.element_size()
+        if copied > _COPIED_BYTES:
+            large[name] = value
+    return large
 
 
 def perturbed_copy(
@@ -73,16 +105,33 @@ def perturbed_copy(
 
     A parameter that the family lacks is passed on as it is.
     """
-    copy = {}
-    for name, value in params.items():
-        if name not in directions.sites:
-            copy[name] = value
-            continue
-        ids = torch.tensor([direction], device=value.device)
-        wide = torch.promote_types(value.dtype, torch.float32)
-        step = directions.dense(name, ids)[0].to(wide)
-        copy[name] = torch.add(value.to(wide), step, alpha=scale).to(value.dtype)
-    return copy
+    return {
+        name: _perturbed(name, value, directions, direction, scale)
+        for name, value in params.items()
+    }
+
+
+def _perturbed(
+    name: str, value: Tensor, directions: Directions, direction: int, scale: float
+) -> Tensor:
+    if name not in directions.sites:
+        return value
+    wide = torch.promote_types(value.dtype, torch.float32)
+    factors = directions.factors(name, torch.tensor([direction], device=value.device))
+    if isinstance(factors, Tensor) or value.numel() <= _AT_ONCE:
+        dense = factors if isinstance(factors, Tensor) else factors.dense()
+        step = dense[0].reshape(value.shape).to(wide)
+        return torch.add(value.to(wide), step, alpha=scale).to(value.dtype)
+    # Some rows at a time, so that beside the result there is little of it in wider numbers.
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    matrix, target = value.reshape(factors.left.shape[1], -1), out.view(factors.left.shape[1], -1)
+    rows = max(1, _AT_ONCE // matrix.shape[1])
+    for left, old, new in zip(
+        factors.left[0].split(rows), matrix.split(rows), target.split(rows), strict=True
+    ):
+        step = LowRank(left[None], factors.right, factors.scale).dense()[0].to(wide)
+        new.copy_(torch.add(old.to(wide), step, alpha=scale))
+    return out
 
 
 def mixes_rows(model: nn.Module) -> bool:

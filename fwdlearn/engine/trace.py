@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 # Reading a parameter into Python loses track of it: no direction could reach what follows.
@@ -137,6 +137,9 @@ class Profile:
 
     @classmethod
     def of(cls, value: Tensor) -> Profile:
+        if isinstance(value, nn.Parameter):
+            # No rows lie in a parameter, and its sums may take more memory than the pass.
+            return cls(tuple(value.shape), ())
         axes = range(value.dim())
         wide = value.detach().float()
         sums = (wide.sum([other for other in axes if other != axis]) for axis in axes)
