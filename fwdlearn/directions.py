@@ -29,8 +29,11 @@ _EXPAND_BYTES = 16 * 2**20
 _EXPAND_BYTES_GPU = 512 * 2**20
 # What three passes over the same numbers find again in a cache.
 _CACHE_BYTES = 2**20
+# Numbers of a block that are expanded at once, and how many such pages are kept: all of them would
+# be as large as an activation.
+_PAGE_BYTES, _PAGES = 2 * 2**20, 2
 # A parameter with more numbers a direction is expanded alone, and only where it is asked for.
-_LONG = 2**15
+_LONG = 2**14
 
 
 class Law(ABC):
@@ -344,6 +347,14 @@ class Factors:
 
     def __init__(self, family: Directions, ids: Tensor | slice, together: bool = True) -> None:
         self.family, self.ids, self.together = family, ids, together
+        count = len(range(family.count)[ids]) if isinstance(ids, slice) else len(ids)
+        size = 4 * LAWS[family.law].numbers_per_block * max(1, count)
+        small = family.expanded is not None or family.device.type != "cpu"
+        # Blocks of a page; a family of few numbers has no pages, and a GPU seldom lacks the room.
+        self.page = None if small else _PAGE_BYTES // size or 1
+        if self.page and size * family._blocks(long=False) <= _PAGES * _PAGE_BYTES:
+            self.page = None
+        self._pages: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._raws: dict[str, Tensor] = {}
 
@@ -355,8 +366,9 @@ class Factors:
             raw = self._raw(site)
             with torch.inference_mode(False):
                 return site.form(law.expand(raw, site.dtype))
-        start = site.start * law.numbers_per_block
-        return site.form(self._buffer(site.dtype)[:, start : start + site.numbers])
+        first, numbers = (0, self._buffer(site.dtype)) if self.page is None else self._page(site)
+        start = (site.start - first) * law.numbers_per_block
+        return site.form(numbers[:, start : start + site.numbers])
 
     def picked(self, name: str, entries: Tensor) -> LowRank:
         """The factors of a matrix with the left one at some of its rows alone.
@@ -392,13 +404,32 @@ class Factors:
     def given(self, buffers: Mapping[torch.dtype, Tensor], raws: Mapping[str, Tensor]) -> Factors:
         """The same with numbers from elsewhere, in the form that `numbers` gives."""
         other = Factors(self.family, self.ids)
-        other._buffers, other._raws = dict(buffers), dict(raws)
+        other.page, other._buffers, other._raws = None, dict(buffers), dict(raws)
         return other
 
     def _raw(self, site: Site) -> Tensor:
         if site.name in self._raws:
             return self._raws[site.name]
         return self.family.raw(self.ids, site.start, site.start + site.blocks)
+
+    def _page(self, site: Site) -> tuple[int, Tensor]:
+        """The numbers of a parameter and its neighbours, and the block that they begin with."""
+        assert self.page is not None
+        key = site.start // self.page, site.dtype
+        if key not in self._pages:
+            if len(self._pages) == _PAGES:
+                del self._pages[next(iter(self._pages))]
+            near = [
+                other
+                for other in self.family.sites.values()
+                if not other.long and other.start // self.page == key[0]
+            ]
+            start = min(other.start for other in near)
+            stop = max(other.start + other.blocks for other in near)
+            with torch.inference_mode(False):
+                raw = self.family.raw(self.ids, start, stop)
+                self._pages[key] = start, LAWS[self.family.law].expand(raw, site.dtype)
+        return self._pages[key]
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._buffers:

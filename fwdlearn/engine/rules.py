@@ -8,6 +8,7 @@ cover it leaves to `call.by_row()`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -189,14 +190,12 @@ def _looked_up(call: Call, input: Tensor, weight: Tensor) -> Tensor:
         return plain
     if varying.thin is None:
         assert varying.delta is not None
-        delta = varying.delta[:, input]
+        seen = replace(varying, plain=plain, delta=varying.delta[:, input])
     else:
-        thin = varying.thin
-        scale = varying.scale[:, None, None] * thin.scale
-        left = thin.left[:, input.flatten()].to(varying.wide) * scale.to(varying.wide)
-        delta = left @ thin.right.to(varying.wide).transpose(1, 2)
-        delta = delta.view(len(delta), *plain.shape)
-    return fold.carry(plain, Varying(plain, varying.scale, delta=delta, group=varying.group))
+        # Left as factors: what they make is as large as an activation, and only used in passing.
+        thin = replace(varying.thin, left=varying.thin.left[:, input.flatten()])
+        seen = replace(varying, plain=plain, thin=thin)
+    return fold.carry(plain, seen)
 
 
 def _between(value: Tensor, dim: int) -> Tensor:
