@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.models import cross_entropy
 from fwdlearn.allocator import Plan
+from fwdlearn.arithmetic import SHORT, alike
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine import Engine
@@ -195,4 +196,5 @@ def _drawn(directions: Directions) -> Directions:
 def _update(params: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> None:
     # So small that the next round starts from the same weights.
     for name in gradient:
-        params[name].add_(update_of(gradient, name, params[name])[0], alpha=-1e-9)
+        with alike(params[name].dtype in SHORT):
+            params[name].add_(update_of(gradient, name, params[name])[0], alpha=-1e-9)

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# Numbers that are added in float32 at once.
+_AT_ONCE = 2**22
+
 SHORT = (torch.bfloat16, torch.float16)
 
 
@@ -47,6 +50,11 @@ class Alike(TorchDispatchMode):
                 known = _FUSED.get(kernel)
         if known is None:
             return function(*args, **kwargs)
+        if known is _short_add and kernel.__name__[-1] == "_" and _alike_laid(*args):
+            # Some numbers at a time: in float32 a large parameter is twice as large again.
+            for part, other in zip(*(t.view(-1).split(_AT_ONCE) for t in args), strict=True):
+                part.copy_(_short_add(part, other, **kwargs))
+            return of
         value = known(*args, **kwargs)
         return of.copy_(value) if kernel.__name__[-1] == "_" else value
 
@@ -56,6 +64,13 @@ def _old() -> bool:
     """Whether this processor cannot multiply and add at once."""
     capability = torch.backends.cpu.get_cpu_capability()
     return capability == "DEFAULT" and platform.machine() in ("x86_64", "AMD64")
+
+
+def _alike_laid(one: Tensor, other: Any) -> bool:
+    """Whether numbers that belong together lie at the same place of two runs of memory."""
+    if not isinstance(other, Tensor) or other.shape != one.shape:
+        return False
+    return one.is_contiguous() and other.is_contiguous()
 
 
 def _short_add(one: Tensor, other: Any, *, alpha: float = 1) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fwdlearn import arithmetic
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine import sequential
@@ -122,3 +123,14 @@ def test_it_takes_no_float32_gradient() -> None:
     with LiveBytes(torch.device("cpu")) as live:
         update_of(gradient, "w", value)
     assert live.peak < value.nbytes + 3 * 2**24
+
+
+def test_a_short_sum_in_place_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = Key.root(3)
+    one, other = (key.fold(n).uniform(60).bfloat16().view(6, 10) for n in ("one", "other"))
+    with arithmetic.Alike():
+        whole = one.clone().add_(other, alpha=-0.3)
+        monkeypatch.setattr(arithmetic, "_AT_ONCE", 7)
+        pieces, turned = one.clone().add_(other, alpha=-0.3), one.T.clone().T
+        turned.add_(other, alpha=-0.3)
+    assert torch.equal(whole, pieces) and torch.equal(whole, turned)
