@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -145,12 +145,16 @@ class Sequences:
 
     def loss(self, step: int, row: Tensor, output: Tensor) -> Tensor | None:
         """What a step adds to the losses of rows, [len(row)]; None where it counts for no row."""
+        losses = self.losses(step, row)
+        return None if losses is None else losses(output)
+
+    def losses(self, step: int, row: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The same as a function of the output, for those who ask again and again."""
         if not self.counts(step):
             return None
-        targets, weights = self.target(step), self.weight(step)
-        return at_step(
-            self.objective, output, targets.index_select(0, row), weights.index_select(0, row)
-        )
+        targets = self.target(step).index_select(0, row)
+        weights = self.weight(step).index_select(0, row)
+        return partial(at_step, self.objective, targets=targets, weights=weights)
 
     def target(self, step: int) -> Tensor:
         """[rows, ...]: of a step that counts."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
+from fwdlearn.engine.head import by_output
 from fwdlearn.engine.local import PRODUCTS
 from fwdlearn.engine.passes import Gradients, Pass
 from fwdlearn.engine.queries import Queries
@@ -217,10 +218,10 @@ class Moments:
         """The derivative of a step's losses by what the last layer puts out."""
         if self.head is None:
             return {}
-        if not sequences.counts(step):
+        losses = sequences.losses(step, torch.arange(sequences.rows, device=output.device))
+        if losses is None:
             return {self.head: torch.zeros_like(output)}
-        row = torch.arange(sequences.rows, device=output.device)
-        return {self.head: _slopes(partial(sequences.loss, step, row), output)}
+        return {self.head: by_output(losses, output, sequences.rows, Rows(0)).to(output.dtype)}
 
     def _survey(self, sequences: Sequences) -> Mapping[str, Output]:
         engine, rows = self.engine, min(2, sequences.rows)
@@ -281,26 +282,13 @@ class Moments:
         if not all(torch.equal(calm[name], noisy[name]) for name in calm):
             return None
         step = next((n for n in range(sequences.steps) if sequences.counts(n)), None)
-        losses: Callable[[Tensor], Tensor | None]
-        if step is None:
+        losses = None if step is None else sequences.losses(step, index)
+        if losses is None:
             # A piece of a sequence of which nothing counts: any target shows a derivative.
             any_target = torch.zeros_like(sequences.target(0)[index])
             ones = torch.ones(rows, device=x.device)
             losses = partial(at_step, sequences.objective, targets=any_target, weights=ones)
-        else:
-            losses = partial(sequences.loss, step, index)
-        return site if _slopes(losses, output).any() else None
-
-
-def _slopes(losses: Callable[[Tensor], Tensor | None], output: Tensor) -> Tensor:
-    """[rows, *shape]: derivatives of the losses of rows by their outputs."""
-    value, slopes = output.clone(), []
-    # One derivative for each number of a row.
-    for number in range(value[0].numel()):
-        tangent = torch.zeros_like(value)
-        tangent.flatten(1)[:, number] = 1
-        slopes.append(torch.func.jvp(losses, (value,), (tangent,))[1])
-    return torch.stack(slopes, 1).view(value.shape).to(value.dtype)
+        return site if by_output(losses, output, rows, Rows(0)).any() else None
 
 
 def _check(noise: Noise, known: Mapping[str, Output]) -> None:

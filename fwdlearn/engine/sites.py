@@ -21,6 +21,7 @@ from torch import Tensor
 from fwdlearn.batch import Batch
 from fwdlearn.engine import sequential
 from fwdlearn.engine.blocks import Blocks
+from fwdlearn.engine.head import by_output
 from fwdlearn.engine.local import PRODUCTS
 from fwdlearn.engine.measured import Measured
 from fwdlearn.engine.passes import Gradients, Pass
@@ -120,13 +121,7 @@ class Clean:
                 seen.logits = value
             return self.engine.row_losses(seen, part.rows)
 
-        slopes = []
-        for number in range(value.numel() // len(part.rows)):
-            tangent = torch.zeros_like(value)
-            where.first(tangent, len(part.rows)).flatten(1)[:, number] = 1
-            slopes.append(torch.func.jvp(losses, (value,), (tangent,))[1])
-        shape = where.first(value, len(part.rows)).shape
-        return site, torch.stack(slopes, 1).view(shape).to(value.dtype)
+        return site, by_output(losses, value, len(part.rows), where).to(value.dtype)
 
 
 class Activations:
