@@ -104,7 +104,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
             "score",
         )
     },
-    "metric": {name: f"fwdlearn.scoring:{name}" for name in ("accuracy", "exact_match", "f1")},
+    "metric": {
+        name: f"fwdlearn.scoring:{name}"
+        for name in ("accuracy", "exact_match", "f1", "without_letter")
+    },
     "optimizer": {name: f"torch.optim:{name}" for name in _OPTIMIZERS}
     | {"FrankWolfe": "fwdlearn.optim:FrankWolfe"},
     "set": {

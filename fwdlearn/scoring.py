@@ -102,6 +102,18 @@ def pairs(output: Any, targets: Tensor) -> list[tuple[Any, Any]]:
     return made
 
 
+def without_letter(prediction: str, target: str, letter: str = "e") -> float:
+    """The share of an answer's words that do without a letter; 0 of an answer without words.
+
+    Args:
+        prediction: the answer.
+        target: not looked at.
+        letter: one, in either case.
+    """
+    words = [word for word in prediction.lower().split() if any(map(str.isalpha, word))]
+    return sum(letter.lower() not in word for word in words) / max(len(words), 1)
+
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -12,6 +12,7 @@ from fwdlearn.recipe.evaluate import evaluate
 from fwdlearn.recipe.load import load_recipe
 from fwdlearn.recipe.locate import shipped
 from fwdlearn.recipe.run import train
+from tests.models.language_models import TEXTS, causal_folder
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "movie-reviews"
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -63,6 +64,23 @@ SHORT = {
     "adding-problem": ["trainer.steps=3"],
     "sequential-digits": ["trainer.steps=3", "trainer.batch_size=16"],
     "character-lm": ["data.path=FOLDER/text.txt", "trainer.steps=3", "trainer.batch_size=16"],
+    "causal-lm": [
+        "model.path=FOLDER/lm",
+        "data.path=FOLDER/text.txt",
+        "~trainer.queries",
+        "trainer.steps=3",
+        "trainer.batch_size=4",
+        "allocator.directions=2",
+    ],
+    "reward": [
+        "model.path=FOLDER/lm",
+        "data.path=FOLDER/text.jsonl",
+        "data.evaluation_fraction=0.5",
+        "data.new_tokens=4",
+        "trainer.steps=3",
+        "trainer.batch_size=4",
+        "allocator.directions=2",
+    ],
     "csv-forecast": ["data.path=FOLDER/series.csv", "data.target=load", "trainer.steps=3"],
     "movie-reviews-prompt": [
         f"data.path={SHARED}",
@@ -84,6 +102,10 @@ def test_recipe_trains_and_evaluates(name: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("A row is one example. " * 40, "utf-8")
     lines = [f"{day},{day * 7 % 11},{day * day % 13}" for day in range(300)]
     (tmp_path / "series.csv").write_text("\n".join(["day,load,wind", *lines]) + "\n", "utf-8")
+    rows = [json.dumps({"text": line}) for line in TEXTS]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows) + "\n", "utf-8")
+    if "model.path=FOLDER/lm" in SHORT[name]:
+        causal_folder(tmp_path / "lm")
     given = [word.replace("FOLDER", str(tmp_path)) for word in SHORT[name]]
     for word in given:
         if word.startswith("data.path=") and not Path(word.partition("=")[2]).exists():

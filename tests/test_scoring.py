@@ -5,7 +5,7 @@ import torch
 
 from fwdlearn.errors import UsageError
 from fwdlearn.objectives import class_f1, score
-from fwdlearn.scoring import accuracy, exact_match, f1, pairs, scores
+from fwdlearn.scoring import accuracy, exact_match, f1, pairs, scores, without_letter
 
 
 def test_texts_are_compared_in_words() -> None:
@@ -49,3 +49,8 @@ def test_class_f1_is_zero_at_the_level_and_falls_with_f1() -> None:
         assert float(class_f1(output, targets, level + 0.1).mean()) > 0
     with pytest.raises(UsageError, match=r"class_f1\(level=...\) must be above 0"):
         class_f1(torch.eye(2), torch.tensor([0, 1]), 0)
+
+
+def test_words_without_a_letter() -> None:
+    assert without_letter("A film of Two hours -- Eek!", "") == pytest.approx(5 / 6)
+    assert without_letter("...", "") == 0 and without_letter("sea", "", letter="x") == 1

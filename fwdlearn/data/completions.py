@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ def completions(
     evaluation_fraction: float | None = None,
     prompt: str = "prompt",
     completion: str = "completion",
+    prompt_words: int | None = None,
     new_tokens: int | None = None,
     train_on: Literal["tokens", "answers"] = "tokens",
     max_length: int | None = None,
@@ -42,6 +44,8 @@ def completions(
         prompt: key of the prompt.
         completion: key of the completion, blank before it included; or of what an answer is
             compared with.
+        prompt_words: there are no prompts in the file: so many words, or all but the last of
+            fewer, are taken from the beginning of the completion. None reads `prompt`.
         new_tokens: tokens of an answer, at least 1; None asks for none.
         train_on: whether training rows ask for the completion's tokens or for an answer.
         max_length: tokens of prompt and completion, at most; a longer prompt loses its beginning.
@@ -55,12 +59,22 @@ def completions(
     limits = (train_rows, evaluation_rows, split_seed)
     files = Files("completions", path, evaluation_path, evaluation_fraction, *limits)
 
+    if prompt_words is not None:
+        check_counts("completions", prompt_words=prompt_words)
+
     def passage(line: Line) -> Passage:
-        first, second = line.text(prompt), line.text(completion)
+        second = line.text(completion)
+        if prompt_words is None:
+            first = line.text(prompt)
+        else:
+            words = list(re.finditer(r"\S+", second))[:-1][:prompt_words]
+            begin = words[-1].end() if words else 0
+            first, second = second[:begin], second[begin:]
         whole = first + second
         return Passage(whole, ((len(first), len(whole)),), line.where, True)
 
-    example = f'{{"{prompt}": "...", "{completion}": "..."}}'
+    given = f'"{prompt}": "...", ' if prompt_words is None else ""
+    example = f'{{{given}"{completion}": "..."}}'
     return _data(
         files,
         lambda line, made: passage(line),

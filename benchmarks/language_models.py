@@ -1,0 +1,214 @@
+"""A small language model goes over to another text, and learns what a reward wants, forward-only.
+
+    python -m benchmarks.language_models adapt MODEL TEXT
+    python -m benchmarks.language_models reward MODEL FOLDER
+
+MODEL is a folder as `python -m fwdlearn.baselines.pretrain` leaves it. `adapt` takes the recipe
+causal-lm to TEXT, at equal queries: exact slopes, one-sided differences, the published recipe (one
+shared Gaussian direction, two sides, SGD) and backpropagation. Each has two learning rates on seed
+0; the one with the lower training loss at the end runs on the other seeds. `reward` takes the
+recipe reward to the texts of FOLDER (train.jsonl and validation.jsonl), with what there is without
+it beside: the model as it was, hill climbing in its weights at equal queries, and backpropagation
+of the cross entropy on the tenth of the texts that the reward likes best. Both write
+records/language-models.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from benchmarks.results import write
+from fwdlearn.data.language import SaidRows
+from fwdlearn.data.passages import TokenSequences
+from fwdlearn.objectives import cross_entropy, score
+from fwdlearn.oracle import forbid_backward
+from fwdlearn.recipe.build import Assembly, assemble
+from fwdlearn.recipe.load import load_recipe
+from fwdlearn.scoring import without_letter
+
+RECORD = Path(__file__).parent.parent / "records" / "language-models"
+SEEDS = (0, 1, 2)
+SHARED = "allocator={name: Uniform, directions: 1, sharing: shared}"
+# What differs from the recipe, and learning rates.
+ADAPT: dict[str, tuple[list[str], tuple[float, ...]]] = {
+    "exact slopes": ([], (1e-3, 3e-3)),
+    "one-sided differences": (
+        ["estimator={name: RandomPerturbation, sigma: 0.01}", "allocator.directions=16"],
+        (1e-3, 3e-3),
+    ),
+    "published recipe": (
+        ["estimator={name: SPSA, sigma: 1e-3, law: gaussian, rank: null}", SHARED, "optimizer=SGD"],
+        (1e-4, 1e-3),
+    ),
+    "backpropagation": (["estimator=fwdlearn.baselines:Backpropagation"], (1e-3, 3e-3)),
+}
+
+
+class Log:
+    """Keeps the records of a run."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def start(self, meta: dict[str, Any]) -> None: ...
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def finish(self, summary: dict[str, Any]) -> None: ...
+
+
+def curve(log: Log, figure: str) -> list[tuple[int, float]]:
+    return [(r["queries"], r[f"eval.{figure}"]) for r in log.records if f"eval.{figure}" in r]
+
+
+def adapted(model: str, text: str, words: list[str], lr: float, seed: int) -> dict[str, Any]:
+    log = Log()
+    given = [f"model.path={model}", f"data.path={text}", f"seed={seed}", "trainer.device=cpu"]
+    # The rate goes in last, since another optimizer has none of its own.
+    recipe = load_recipe("causal-lm", [*given, *words, f"optimizer.lr={lr}"])
+    trainer = assemble(recipe, [log]).trainer
+    begun = trainer.evaluate()["bits"]
+    summary = trainer.train()
+    return {
+        "lr": lr,
+        "seed": seed,
+        "before": begun,
+        "bits": summary["eval.bits"],
+        "training": summary["train.loss"],
+        "queries": summary["queries"],
+        "seconds": summary["seconds"],
+        "curve": curve(log, "bits"),
+    }
+
+
+def adapt(model: str, text: str) -> None:
+    results: dict[str, Any] = {}
+    for name, (words, rates) in ADAPT.items():
+        first = [adapted(model, text, words, lr, SEEDS[0]) for lr in rates]
+        best = min(first, key=lambda run: run["training"])
+        runs = [best, *(adapted(model, text, words, best["lr"], seed) for seed in SEEDS[1:])]
+        results[name] = {"tried": first, "runs": runs}
+        bits = [run["bits"] for run in runs]
+        told = " ".join(f"{value:.3f}" for value in bits)
+        print(
+            f"{name:24} lr {best['lr']:<7g} {best['queries']:>8,} queries {best['seconds']:5.0f} s "
+            f"bits a token {best['before']:.3f} -> {told} ({mean(bits):.3f})",
+            flush=True,
+        )
+        write(RECORD / "adapt.json", results)
+
+
+def figures(assembly: Assembly) -> dict[str, float]:
+    """Of the evaluation rows: the reward, and what a token of the texts costs."""
+    found = assembly.trainer.evaluate()
+    return {"reward": found["without_letter"], "bits": found["bits"]}
+
+
+def rewarded(assembly: Assembly) -> tuple[int, float]:
+    """The recipe itself; its queries and its last training loss."""
+    summary = assembly.trainer.train()
+    return summary["queries"], summary["train.loss"]
+
+
+@torch.no_grad()
+def climbed(assembly: Assembly, queries: int, seed: int, size: float = 0.02) -> None:
+    """A random step is kept where it does better on the batch at hand than the model that is."""
+    trainer = assembly.trainer
+    params = list(trainer.engine.params.values())
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(step: int) -> float:
+        batch = trainer.batch(step)
+        return float(score(trainer.model(**batch.kwargs), batch.targets, without_letter).mean())
+
+    cost = 2 * trainer.batch_size * trainer.batch(0).passes
+    for step in range(queries // cost):
+        noise = [torch.randn(p.shape, generator=generator) * size for p in params]
+        before = loss(step)
+        for parameter, change in zip(params, noise, strict=True):
+            parameter += change
+        if loss(step) >= before:
+            for parameter, change in zip(params, noise, strict=True):
+                parameter -= change
+
+
+def imitated(assembly: Assembly, queries: int, seed: int) -> None:
+    """Backpropagation on the tenth of the training texts that the reward likes best."""
+    trainer = assembly.trainer
+    rows: Any = trainer.data.train
+    texts: TokenSequences = rows.texts
+    tokenizer: Any = assembly.built.processor.tokenizer  # type: ignore[union-attr]
+    split = texts.tokens.split(texts.lengths.tolist())
+    asked = texts.asked.split(texts.lengths.tolist())
+    said = [
+        tokenizer.decode(t[a], skip_special_tokens=True) for t, a in zip(split, asked, strict=True)
+    ]
+    worth = torch.tensor([without_letter(text, "") for text in said])
+    best = worth.argsort(descending=True, stable=True)[: len(rows) // 10]
+    chosen = SaidRows(texts, rows.pad, rows.limit, rows.multiple)
+    generator, size = torch.Generator().manual_seed(seed), trainer.batch_size
+    optimizer = torch.optim.Adam(trainer.model.parameters(), lr=1e-3)
+    for _ in range(queries // (3 * size)):
+        index = best[torch.randint(len(best), (size,), generator=generator)]
+        batch = chosen.batch(index)
+        cross_entropy(trainer.model(**batch.kwargs), batch.targets).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def reward(model: str, folder: str) -> None:
+    results: dict[str, list[Any]] = {}
+    budget = 0
+    methods: dict[str, Callable[[Assembly, int], Any]] = {
+        "as it was": lambda made, seed: None,
+        "the recipe": lambda made, seed: rewarded(made),
+        "hill climbing": lambda made, seed: climbed(made, budget, seed),
+        "backpropagation on the best tenth": lambda made, seed: imitated(
+            made, min(budget, 60000), seed
+        ),
+    }
+    for name, method in methods.items():
+        runs = results.setdefault(name, [])
+        for seed in SEEDS:
+            log = Log()
+            words = [f"model.path={model}", f"data.path={folder}", f"seed={seed}"]
+            made = assemble(load_recipe("reward", [*words, "trainer.device=cpu"]), [log])
+            found = method(made, seed)
+            if name == "the recipe":
+                budget = found[0]
+            batch = made.trainer.data.evaluation.batch(torch.arange(3))  # type: ignore[union-attr]
+            with forbid_backward():
+                answers = made.trainer.model(**batch.kwargs).texts()
+            runs.append({"seed": seed, **figures(made), "answers": answers})
+            runs[-1]["curve"] = curve(log, "without_letter")
+            if name == "as it was":
+                break
+        rewards, bits = ([run[key] for run in runs] for key in ("reward", "bits"))
+        told = " ".join(f"{value:.3f}" for value in rewards)
+        print(
+            f"{name:36} reward {told} ({mean(rewards):.3f})  bits a token of the texts "
+            f"{mean(bits):.3f}   {runs[0]['answers']}",
+            flush=True,
+        )
+        write(RECORD / "reward.json", {"queries": budget, **results})
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.language_models")
+    parser.add_argument("what", choices=("adapt", "reward"))
+    parser.add_argument("model", help="a folder")
+    parser.add_argument("text", help="the text, or the folder of texts")
+    asked = parser.parse_args()
+    {"adapt": adapt, "reward": reward}[asked.what](asked.model, asked.text)
+
+
+if __name__ == "__main__":
+    main()
