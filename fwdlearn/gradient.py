@@ -108,12 +108,22 @@ class DirectionGradient(Mapping[str, Tensor]):
     @cached_property
     def _wide(self) -> Mapping[torch.dtype, Tensor]:
         """The coefficients, in the dtypes that sums run in."""
-        value = self.coefficients.to(self.directions.device)
-        wide = {dtype: value.to(dtype) for dtype in (torch.float32, torch.float64)}
+        wide = {
+            torch.float64 if site.dtype is torch.float64 else torch.float32
+            for site in self.directions.sites.values()
+        }
+        values = {dtype: self.used.to(dtype) for dtype in wide}
         if not self._signs:
-            return wide
+            return values
         terms = self.directions.rank or 1
-        return {dtype: summable(value, terms) for dtype, value in wide.items()}
+        return {dtype: summable(value, terms) for dtype, value in values.items()}
+
+    @cached_property
+    def used(self) -> Tensor:
+        """[directions]: the coefficients in the widest dtype that a sum runs in."""
+        wide = any(site.dtype is torch.float64 for site in self.directions.sites.values())
+        dtype = torch.float64 if wide else torch.float32
+        return self.coefficients.to(self.directions.device, dtype)
 
     @property
     def _signs(self) -> bool:

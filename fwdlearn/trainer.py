@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from fwdlearn.engine.calls import Calls
 from fwdlearn.engine.footprint import footprint
 from fwdlearn.engine.outputs import output_sum
 from fwdlearn.engine.params import read_only
+from fwdlearn.engine.room import Room
 from fwdlearn.engine.through_time import TimeEngine
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
@@ -196,6 +198,8 @@ class Trainer:
         self.device, self.seed, self.train_mode = device, seed, train_mode
         self.evaluate_every, self.log_every, self.bucket = evaluate_every, log_every, bucket
         self.evaluation_batch_size, self.divergence = evaluation_batch_size, divergence
+        # Of its own: where a whole batch is too much, a block of queries may not be.
+        self.evaluation_room = Room()
         self.metrics, self.sinks, self.journal = metrics or {}, sinks, journal or Journal()
         self.key = Key.root(seed)
         self.engine: AnyEngine = self._engine(model)(model, objective, rung, memory_budget, compile)
@@ -280,11 +284,19 @@ class Trainer:
         dataset = self.data.evaluation if dataset is None else dataset
         if dataset is None or not len(dataset):
             raise UsageError("there are no evaluation rows; give the data some, or a dataset.")
-        scores = Scores(self.metrics)
+        scores, left = Scores(self.metrics), torch.arange(len(dataset))
+        room, size = self.evaluation_room, self.evaluation_batch_size
+
+        def passed() -> tuple[int, Batch, tuple[Tensor, object]]:
+            some = left[: room.of(size)]
+            batch = dataset.batch(some).to(self.device)
+            return len(some), batch, self.engine.evaluate(batch)
+
         with self._mode(False), forbid_backward(), torch.inference_mode():
-            for index in torch.arange(len(dataset)).split(self.evaluation_batch_size):
-                batch = dataset.batch(index).to(self.device)
-                scores.add(*self.engine.evaluate(batch), batch.targets)
+            while len(left):
+                count, batch, (losses, output) = room.retry(passed)
+                scores.add(losses, output, batch.targets)
+                left = left[count:]
         return scores.result()
 
     def estimate(self) -> Estimate:
@@ -503,11 +515,16 @@ class Trainer:
         """Queries of the next step."""
         pairs, signals = self.allocator.budget(self.batch_size, plans), self.allocator.signals
         estimate = self.estimator.traits.cost(self.batch_size, pairs, measured(signals))
-        return estimate * passes(self.data.train) + local_rows(self.model, self.batch_size)
+        return estimate * passes(self.data.train) + self._local_rows
+
+    @cached_property
+    def _local_rows(self) -> int:
+        """Rows that modules learn from; to look for such modules takes a tenth of a short step."""
+        return local_rows(self.model, self.batch_size)
 
     def _learn(self, step: int) -> int:
         """Lets modules learn from the rows of a step; the queries that it took."""
-        if not local_rows(self.model, self.batch_size):
+        if not self._local_rows:
             return 0
         with self._mode(False), forbid_backward():
             return learn_locally(self.model, self.batch(step))
@@ -636,8 +653,11 @@ class Trainer:
         }
 
     def _evaluated(self, at: Progress, begun: float) -> dict[str, float]:
+        before = self.evaluation_room.halvings
         scores = self.evaluate()
-        record = {f"eval.{name}": value for name, value in scores.items()}
+        record: dict[str, Any] = {f"eval.{name}": value for name, value in scores.items()}
+        if self.evaluation_room.halvings > before:
+            record["eval.halvings"] = self.evaluation_room.halvings
         self._log(at, begun, record)
         return scores
 

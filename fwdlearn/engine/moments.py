@@ -7,7 +7,7 @@ with states of their own. Nothing of a step is kept beyond it but the states, un
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -117,12 +117,10 @@ class Moments:
         engine, every = self.engine, torch.arange(sequences.rows, device=row.device)
         known = self.outputs(sequences)
         head, first, rest = engine.traced(PRODUCTS, sequences, None)
-        starts: list[Pass | None] = [None, None]
+        begun: Pass | None = None
         if before is None:
-            calm, starts[0] = self._begun(head, sequences.rows)
+            calm, begun = self._begun(head, sequences.rows)
             noisy: State = {}
-            if len(row):
-                noisy, starts[1] = self._begun(head, len(row))
         else:
             calm, noisy = before, {name: value[row] for name, value in before.items()}
         for step in range(sequences.steps):
@@ -141,31 +139,21 @@ class Moments:
             mode: Visitor = Gathering(
                 engine.params, uses, sequences.rows, sites=sites, take=take, keep=True
             )
-            output, calm = self._stepped(mode, sequences.input(step, every), calm, starts[0])
+            output, calm = self._stepped(mode, sequences.input(step, every), calm, begun)
+            begun = None
             clean = sequences.loss(step, every, output)
             exact = partial(self._exact, sequences, step, output)
             losses: Tensor | None = None
             moved: dict[str, Tensor] = {}
             if len(row):
-                x, current = sequences.input(step, row), noise(number + step)
-                if isinstance(current, Directions):
-                    output, noisy = self._weights(sequences, x, noisy, row, current, index, scale)
-                else:
+                current = noise(number + step)
+                if not isinstance(current, Directions):
                     _check(current, known)
-                    adding = Noisy if not shifts else partial(Shifting, row=row, clean=seen)
-                    mode = adding(
-                        engine.params,
-                        uses,
-                        len(row),
-                        sites=sites,
-                        noise=current,
-                        index=index,
-                        scale=scale,
-                    )
-                    output, noisy = self._stepped(mode, x, noisy, starts[1])
-                    moved = getattr(mode, "shifts", {})
-                losses = sequences.loss(step, row, output)
-            starts = [None, None]
+                asked = _Asked(row, current, index, scale, seen if shifts else None)
+                made_of = head if begins else None
+                losses, noisy, moved = engine.room.retry(
+                    partial(self._noisy, sequences, step, (uses, sites), asked, noisy, made_of)
+                )
             zero = torch.zeros(0, device=row.device, dtype=engine.wide)
             yield (
                 Moment(
@@ -179,18 +167,52 @@ class Moments:
                 calm,
             )
 
-    def _weights(
+    def _noisy(
         self,
         sequences: Sequences,
-        x: Tensor,
+        step: int,
+        layers: tuple[Sequence[Use], Sequence[str | None]],
+        asked: _Asked,
         state: State,
-        row: Tensor,
-        directions: Directions,
-        direction: Tensor,
-        scale: Tensor,
+        head: Sequence[Use] | None,
+    ) -> tuple[Tensor | None, State, dict[str, Tensor]]:
+        """A step of all noisy queries: losses, states and shifts, in blocks where memory is short.
+
+        Args:
+            layers: what the step uses, and the site of each.
+            state: before the step.
+            head: what an initial state uses, where the step begins with one.
+        """
+        count, found = len(asked.row), []
+        for part in torch.arange(count, device=asked.row.device).split(self.engine.room.of(count)):
+            whole = len(part) == count
+            some, before = asked if whole else asked.at(part), None
+            mine = state if whole else {name: value[part] for name, value in state.items()}
+            if head is not None:
+                mine, before = self._begun(head, len(part))
+            x = sequences.input(step, some.row)
+            if isinstance(some.noise, Directions):
+                output, mine = self._weights(sequences, x, mine, some)
+                shifts: dict[str, Tensor] = {}
+            else:
+                mode = some.mode(self.engine.params, *layers)
+                output, mine = self._stepped(mode, x, mine, before)
+                shifts = getattr(mode, "shifts", {})
+            found.append((sequences.loss(step, some.row, output), mine, shifts))
+        if len(found) == 1:
+            return found[0]
+        losses, states, moved = zip(*found, strict=True)
+        known = [one for one in losses if one is not None]
+        return torch.cat(known) if known else None, _joined(states), _joined(moved)
+
+    def _weights(
+        self, sequences: Sequences, x: Tensor, state: State, asked: _Asked
     ) -> tuple[Any, State]:
         """A step of queries, each with weights of its own."""
-        queries = Queries(Batch((), sequences.targets), row, directions, direction, scale)
+        noise = asked.noise
+        assert isinstance(noise, Directions)
+        targets = Batch((), sequences.targets)
+        queries = Queries(targets, asked.row, noise, asked.index, asked.scale)
         with self.engine.watched(sequences) as start, start(queries) as fold:
             output, state = self.engine.model.step(x, state)
         fold.finish()
@@ -289,6 +311,49 @@ class Moments:
             ones = torch.ones(rows, device=x.device)
             losses = partial(at_step, sequences.objective, targets=any_target, weights=ones)
         return site if by_output(losses, output, rows, Rows(0)).any() else None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Noisy queries of a step.
+
+    Args:
+        row, index: int64 [queries].
+        scale: float64 [queries].
+        clean: name of a layer -> what rows put out there without noise, where shifts are wanted.
+    """
+
+    row: Tensor
+    noise: Noise | Directions
+    index: Tensor
+    scale: Tensor
+    clean: Mapping[str, Tensor] | None
+
+    def at(self, part: Tensor) -> _Asked:
+        """Some of them."""
+        row, index, scale = self.row[part], self.index[part], self.scale[part]
+        return replace(self, row=row, index=index, scale=scale)
+
+    def mode(
+        self, params: Mapping[str, Tensor], uses: Sequence[Use], sites: Sequence[str | None]
+    ) -> Any:
+        """Adds the noise to the layers of a step."""
+        adding: Any = Noisy
+        if self.clean is not None:
+            adding = partial(Shifting, row=self.row, clean=self.clean)
+        return adding(
+            params,
+            uses,
+            len(self.row),
+            sites=sites,
+            noise=self.noise,
+            index=self.index,
+            scale=self.scale,
+        )
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _check(noise: Noise, known: Mapping[str, Output]) -> None:

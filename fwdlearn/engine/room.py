@@ -18,7 +18,7 @@ _CPU = "DefaultCPUAllocator"
 
 
 class Room:
-    """How much smaller blocks are than they were meant to be; one for all passes of an engine.
+    """How much smaller blocks are than they were meant to be; one for all passes of a kind.
 
     Attributes:
         halvings: how often memory ran out.

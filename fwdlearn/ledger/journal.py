@@ -21,7 +21,7 @@ from fwdlearn.gradient import DirectionGradient
 from fwdlearn.ledger import snapshots
 from fwdlearn.ledger.files import storing
 from fwdlearn.ledger.forking import Parent, adopt
-from fwdlearn.ledger.header import beginning, family, tensors_of, unlike
+from fwdlearn.ledger.header import beginning, family, is_of, tensors_of, unlike
 from fwdlearn.ledger.records import Ledger, LedgerWriter, Record, same
 from fwdlearn.ledger.state import State, held, put_back, unpacked
 from fwdlearn.progress import Journal, Progress
@@ -148,6 +148,9 @@ class RunJournal(Journal):
                 return
             self._replace_from(self._ledger, at.step)
         self._writer.append(record)
+        if at.step % trainer.log_every == 0:
+            # A record of metrics is about to be told of it.
+            self._writer.flush()
 
     def stepped(self, at: Progress) -> None:
         """See `Journal.stepped`."""
@@ -301,23 +304,22 @@ def record_of(
         stayed: whether the engine is on the rung that it was on before the step.
     """
     grad, coefficients = estimate.grad, None
-    if isinstance(grad, DirectionGradient) and header["family"] is not None:
-        key = trainer.step_key(at.step - 1)
-        whole = grad.directions.sites.keys() == trainer.engine.params.keys()
-        if whole and family(grad) == header["family"] and grad.directions.key == key:
-            # As the gradient uses them: nothing is lost.
-            wide = any(site.dtype == torch.float64 for site in grad.directions.sites.values())
-            dtype = torch.float64 if wide else torch.float32
-            coefficients = grad.coefficients.detach().to("cpu", dtype)
+    if header["family"] is not None and is_of(grad, header["family"]):
+        assert isinstance(grad, DirectionGradient)
+        about, every = grad.directions.params, trainer.engine.params
+        whole = about is every or about.keys() == every.keys()
+        if whole and grad.directions.key == trainer.step_key(at.step - 1):
+            # Nothing is lost.
+            coefficients = grad.used
     lasting = type(trainer.allocator).observe is not Allocator.observe
     alone = coefficients is not None and at.state is None and at.plans is None and not lasting
     info = estimate.info
     return Record(
         at.step,
         estimate.queries,
-        int(info.get("nonfinite", 0)),
-        float(estimate.loss),
-        float(info.get("variance", math.nan)),
+        info.get("nonfinite", 0),
+        estimate.loss,
+        info.get("variance", math.nan),
         alone and stayed,
         coefficients,
     )

@@ -1,4 +1,4 @@
-"""The ledger: a file that grows by one record a step, written before the step changes anything.
+"""The ledger: a file that grows by one record a step.
 
     file    = "FWDLEDG1" length:u32 header hash_0        header: canonical JSON, at most 64 MB
     record  = step:u64 count:u32 queries:u32 nonfinite:u32 loss:f64 variance:f64
@@ -43,8 +43,8 @@ _KINDS = {0: None, 1: torch.float32, 2: torch.float64}
 _SIZES = {0: 0, 1: 4, 2: 8}
 FRESH, ALONE = 0, 1
 """Flags: nothing; that the coefficients are all that a step was, beside weights and optimizer."""
-# What is made durable at once: the share of the run's time that waiting for the disk may take.
-_SHARE = 0.005
+# What is written, and what is made durable, at once: the share of the run's time of each.
+_SHARE = 0.0025
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,17 @@ class Record:
         loss, variance: of the estimate.
         alone: whether nothing but weights and optimizer lasts from this step to the next, so that
             the coefficients tell all of it.
-        coefficients: [directions], float32 or float64 as the gradient uses them, on the CPU; None
-            where the gradient is no sum of named directions, and the step has to be made again.
+        coefficients: [directions], float32 or float64 as the gradient uses them; None where the
+            gradient is no sum of named directions, and the step has to be made again.
+
+    Numbers may be tensors of one: what they are is only asked for when the record is written.
     """
 
     step: int
     queries: int
-    nonfinite: int
-    loss: float
-    variance: float
+    nonfinite: int | Tensor
+    loss: float | Tensor
+    variance: float | Tensor
     alone: bool
     coefficients: Tensor | None
 
@@ -76,14 +78,14 @@ class Record:
         if self.coefficients is not None:
             kind = 2 if self.coefficients.dtype == torch.float64 else 1
             count = len(self.coefficients)
-            payload = self.coefficients.contiguous().numpy().tobytes()
+            payload = self.coefficients.detach().cpu().numpy().tobytes()
         head = _HEAD.pack(
             self.step,
             count,
             self.queries,
-            self.nonfinite,
-            self.loss,
-            self.variance,
+            int(self.nonfinite),
+            float(self.loss),
+            float(self.variance),
             kind,
             ALONE if self.alone else FRESH,
             0,
@@ -181,10 +183,12 @@ class Ledger:
 class LedgerWriter:
     """Appends records.
 
-    A record is handed to the system before its step changes anything, so it survives the end of
-    the process at once. It also survives the end of the system once it is synced, which is done at
-    once where that takes less than a two-hundredth of the time since it was done last, and
-    otherwise as soon as it would: what may be lost is computed again.
+    A record survives the end of the process once it is written, which is done at once, before its
+    step changes anything, where that takes less than a four-hundredth of the time since it was done
+    last, and otherwise as soon as it would: together with those of the steps that follow. It also
+    survives the end of the system once it is synced, by the same rule. What a step changes is in
+    memory, and nothing that outlives the process may be told of it before `flush`, or kept of it
+    before `sync`: then what may be lost is computed again, and nobody can tell.
 
     Args:
         path: a ledger.
@@ -194,7 +198,8 @@ class LedgerWriter:
 
     def __init__(self, path: Path, end: int, running: bytes) -> None:
         self.path, self.end, self.running = path, end, running
-        self._due = 0.0
+        self._waiting: list[Record] = []
+        self._write_due = self._sync_due = 0.0
         with storing(path):
             self._handle = os.open(path, os.O_RDWR)
             os.ftruncate(self._handle, end)
@@ -219,41 +224,60 @@ class LedgerWriter:
         return cls(path, len(content), running)
 
     def append(self, record: Record) -> None:
-        """Writes a record; see the class for when it is durable.
+        """Takes a record; see the class for when it is written.
 
         Raises:
-            StorageError: the file ends where it ended before.
+            StorageError: those that wait are lost; the file ends where it ended before.
         """
-        body = record.body()
-        running = blake2b(self.running + body, digest_size=_HASH).digest()
+        self._waiting.append(record)
+        if time.monotonic() >= self._write_due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes every record so far.
+
+        Raises:
+            StorageError: as `append`.
+        """
+        begun, running, parts = time.monotonic(), self.running, []
+        for record in self._waiting:
+            body = record.body()
+            running = blake2b(running + body, digest_size=_HASH).digest()
+            parts += [body, running]
+        self._waiting.clear()
+        data = left = b"".join(parts)
         with storing(self.path):
             try:
-                left = memoryview(body + running)
                 while left:
                     left = left[os.write(self._handle, left) :]
-                if time.monotonic() >= self._due:
+                self._write_due = _later(begun)
+                if begun >= self._sync_due:
                     self._sync()
             except OSError:
                 self._cut()
                 raise
-        self.end += len(body) + _HASH
+        self.end += len(data)
         self.running = running
 
     def sync(self) -> None:
-        """Makes every record so far durable."""
+        """Writes every record so far, and makes it durable."""
+        self.flush()
         with storing(self.path):
             self._sync()
 
     def close(self) -> None:
+        """Writes what waits, and lets the file go."""
         if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None  # type: ignore[assignment]
+            try:
+                self.flush()
+            finally:
+                os.close(self._handle)
+                self._handle = None  # type: ignore[assignment]
 
     def _sync(self) -> None:
         begun = time.monotonic()
         os.fsync(self._handle)
-        now = time.monotonic()
-        self._due = now + (now - begun) * (1 / _SHARE - 1)
+        self._sync_due = _later(begun)
 
     def _cut(self) -> None:
         try:
@@ -261,6 +285,12 @@ class LedgerWriter:
             os.lseek(self._handle, self.end, os.SEEK_SET)
         except OSError:
             pass  # the reader leaves out a record that was cut short
+
+
+def _later(begun: float) -> float:
+    """When what was begun then and is done now may be done again."""
+    now = time.monotonic()
+    return now + (now - begun) * (1 / _SHARE - 1)
 
 
 def same(one: Record, other: Record) -> bool:

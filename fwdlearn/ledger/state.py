@@ -48,6 +48,7 @@ def held(trainer: Trainer, at: Progress) -> State:
         "schedule": getattr(schedule, "state_dict", lambda: None)(),
         "rungs": {name: (choice.rung, choice.reason) for name, choice in _rungs(trainer).items()},
         "halvings": trainer.engine.room.halvings,
+        "evaluation_halvings": trainer.evaluation_room.halvings,
         "at": at,
     }
     tensors: dict[str, Tensor] = {}
@@ -80,7 +81,11 @@ def put_back(state: State, trainer: Trainer) -> Progress:
         if rung != choice.rung:
             holder = trainer.engine if name == "losses" else trainer.engine.exact  # type: ignore[union-attr]
             holder.choice = Choice(rung, reason)
-    trainer.engine.room.halvings = max(trainer.engine.room.halvings, tree.get("halvings", 0))
+    for name, room in (
+        ("halvings", trainer.engine.room),
+        ("evaluation_halvings", trainer.evaluation_room),
+    ):
+        room.halvings = max(room.halvings, tree.get(name, 0))
     at = tree["at"]
     assert isinstance(at, Progress)
     return at
