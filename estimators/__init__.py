@@ -6,10 +6,13 @@ if __name__ == "estimators":
     )
 
 from .activity_forward_gradient import ActivityForwardGradient
+from .aim_zo import AIMZO
 from .approximate_likelihood_ratio import ApproximateLikelihoodRatio
 from .causal_node_perturbation import CausalNodePerturbation, PerturbationThroughTime
 from .forward_gradient import ForwardGradient
+from .hizoo import HiZOO
 from .likelihood_ratio import LikelihoodRatio
+from .lozo import LOZO
 from .node_perturbation import (
     ActivityNodePerturbation,
     IterativeNodePerturbation,
@@ -21,6 +24,8 @@ from .rtrl import RTRL
 from .stepwise_perturbation import StepwiseActivityPerturbation, StepwiseWeightPerturbation
 
 __all__ = [
+    "AIMZO",
+    "LOZO",
     "RTRL",
     "SPSA",
     "ActivityForwardGradient",
@@ -28,6 +33,7 @@ __all__ = [
     "ApproximateLikelihoodRatio",
     "CausalNodePerturbation",
     "ForwardGradient",
+    "HiZOO",
     "IterativeNodePerturbation",
     "LikelihoodRatio",
     "NodePerturbation",

@@ -151,7 +151,7 @@ class Site:
     @property
     def matrix(self) -> tuple[int, int]:
         """The parameter as (m, n): leading ones dropped, trailing dimensions flattened."""
-        return _as_matrix(self.shape)
+        return as_matrix(self.shape)
 
     @property
     def long(self) -> bool:
@@ -169,7 +169,8 @@ class Site:
         return LowRank(left.reshape(shape), right.reshape(shape), self.rank**-0.5 * self.scale)
 
 
-def _as_matrix(shape: torch.Size) -> tuple[int, int]:
+def as_matrix(shape: torch.Size) -> tuple[int, int]:
+    """(m, n) of a parameter: leading ones dropped, trailing dimensions flattened."""
     sizes = list(shape)
     while len(sizes) > 1 and sizes[0] == 1:
         sizes = sizes[1:]
@@ -243,6 +244,11 @@ class Directions:
     def bytes_per_direction(self) -> int:
         """Bytes that one direction takes while it is kept."""
         return LAWS[self.law].raw_bytes_per_block * self._blocks()
+
+    @property
+    def signs(self) -> bool:
+        """Whether all numbers of the factors are 1 and -1, times a size."""
+        return self.law == Rademacher.name
 
     @property
     def device(self) -> torch.device:
@@ -451,7 +457,7 @@ def _sites(
     per_block = LAWS[law].numbers_per_block
     sites = []
     for name, shape, dtype, scale in shapes:
-        m, n = _as_matrix(shape)
+        m, n = as_matrix(shape)
         # A product with a side of length one is no shorter than the entries themselves.
         own = 0 if rank is None or min(m, n) == 1 else rank
         numbers = own * (m + n) if own else m * n

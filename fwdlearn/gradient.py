@@ -10,7 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fwdlearn.directions import LAWS, Directions, LowRank, Rademacher, Site
+from fwdlearn.directions import LAWS, Directions, LowRank, Site
+from fwdlearn.errors import UsageError
 
 
 class DirectionGradient(Mapping[str, Tensor]):
@@ -99,8 +100,7 @@ class DirectionGradient(Mapping[str, Tensor]):
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         """[m, k] in the dtype of the sum times [k, n] numbers of the law."""
-        wide = left.dtype == torch.float64 or not LAWS[self.directions.law].short
-        if wide or not left.is_cuda:
+        if left.dtype == torch.float64 or not self._signs or not left.is_cuda:
             return left @ right.to(left.dtype)
         # A GPU multiplies bfloat16 ten times faster, and nothing is rounded.
         return torch.mm(thirds(left), right.to(torch.bfloat16).repeat(3, 1), out_dtype=left.dtype)
@@ -128,7 +128,7 @@ class DirectionGradient(Mapping[str, Tensor]):
     @property
     def _signs(self) -> bool:
         """Whether the numbers of directions are 1 and -1."""
-        return self.directions.law == Rademacher.name
+        return self.directions.signs
 
     @cached_property
     def _weighted(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -156,6 +156,22 @@ class DirectionGradient(Mapping[str, Tensor]):
             return site.rank**-0.5 / site.scale
         # A dense direction has the size that the parameter's dtype makes of it.
         return float(torch.tensor(site.scale, dtype=site.dtype)) / site.scale**2
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the directions of count times coefficient.
+
+        With directions that all rows share, that of the slopes of the batch's loss.
+
+        Raises:
+            UsageError: there is one direction alone.
+        """
+        count = len(self.coefficients)
+        if count < 2:
+            raise UsageError(
+                "the spread of one direction's slope is not known; raise allocator.directions."
+            )
+        return float(self.coefficients.double().std()) * count
 
     def square_norms(self) -> Tensor:
         """float64 [directions]: |direction|^2 as it enters the gradient."""
@@ -243,8 +259,29 @@ class ScaledGradient(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.gradient[name] * self.factor
 
+    @property
+    def spread(self) -> float:
+        """Of the other gradient's slopes, times the number."""
+        return spread_of(self.gradient) * abs(self.factor)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.gradient)
 
     def __len__(self) -> int:
         return len(self.gradient)
+
+
+def spread_of(gradient: Mapping[str, Tensor]) -> float:
+    """The spread of the slopes that a gradient is made of.
+
+    Raises:
+        UsageError: it is no sum of random directions, or of one alone.
+    """
+    found = getattr(gradient, "spread", None)
+    if found is None:
+        raise UsageError(
+            "the optimizer divides by the spread of slopes along random directions, and this "
+            "estimator's gradient is made of something else; choose RandomPerturbation, SPSA or "
+            "ForwardGradient, or another optimizer."
+        )
+    return float(found)

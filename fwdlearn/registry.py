@@ -61,6 +61,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "StepwiseWeightPerturbation": "fwdlearn.estimators:StepwiseWeightPerturbation",
         "RandomPerturbation": "fwdlearn.estimators:RandomPerturbation",
         "SPSA": "fwdlearn.estimators:SPSA",
+        "LOZO": "fwdlearn.estimators:LOZO",
+        "AIMZO": "fwdlearn.estimators:AIMZO",
+        "HiZOO": "fwdlearn.estimators:HiZOO",
         "LikelihoodRatio": "fwdlearn.estimators:LikelihoodRatio",
         "ApproximateLikelihoodRatio": "fwdlearn.estimators:ApproximateLikelihoodRatio",
         "ForwardGradient": "fwdlearn.estimators:ForwardGradient",
@@ -109,7 +112,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         for name in ("accuracy", "exact_match", "f1", "without_letter")
     },
     "optimizer": {name: f"torch.optim:{name}" for name in _OPTIMIZERS}
-    | {"FrankWolfe": "fwdlearn.optim:FrankWolfe"},
+    | {name: f"fwdlearn.optim:{name}" for name in ("FrankWolfe", "NormalizedSGD")},
     "set": {
         name: f"fwdlearn.optim.sets:{name}"
         for name in (

@@ -29,7 +29,7 @@ from fwdlearn.engine.through_time import TimeEngine
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.forecast import counted, timed
-from fwdlearn.gradient import ScaledGradient, update_of
+from fwdlearn.gradient import ScaledGradient, spread_of, update_of
 from fwdlearn.keys import Key
 from fwdlearn.local import learn_locally, local_rows
 from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
@@ -191,8 +191,13 @@ class Trainer:
         self.model, self.data, self.objective = model, data, objective
         self.estimator, self.allocator = estimator, allocator
         self.optimizer, self.schedule = optimizer, schedule
-        # An optimizer that asks how many directions a gradient is the mean of is told.
-        self._asking = [g for g in optimizer.param_groups if g.get("tangents", 0) is None]
+        # An optimizer that asks how many directions a gradient is the mean of, or how far their
+        # slopes spread, is told. By number, because a state that is loaded brings new groups.
+        groups = list(enumerate(optimizer.param_groups))
+        self._asking = {
+            name: [number for number, group in groups if group.get(name, 0) is None]
+            for name in ("tangents", "spread")
+        }
         self.steps, self.budget = steps, queries
         self.batch_size = min(batch_size, len(data.train))
         self.device, self.seed, self.train_mode = device, seed, train_mode
@@ -468,8 +473,7 @@ class Trainer:
             state = Pieces(state, oracle.carried)
         if plan.block is not None:
             estimate = _counted(estimate, 1 / plan.block.probability)
-        for group in self._asking:
-            group["tangents"] = int(estimate.info.get("tangents", plan.directions))
+        self._answer("tangents", lambda: int(estimate.info.get("tangents", plan.directions)))
         if not torch.isfinite(estimate.loss):
             raise NonFiniteError(
                 f"step {step + 1}: the loss is {float(estimate.loss)}; lower the learning rate."
@@ -538,6 +542,7 @@ class Trainer:
     @torch.no_grad()
     def _update(self, estimate: Estimate, names: Iterable[str]) -> dict[str, float]:
         """One tensor at a time, so that one dense gradient is alive at once; the squared norms."""
+        self._answer("spread", lambda: spread_of(estimate.grad))
         square_norms: dict[str, float] = {}
         for name in names:
             parameter = self.engine.params[name]
@@ -553,6 +558,15 @@ class Trainer:
                 self.optimizer.step()
             parameter.grad = None
         return square_norms
+
+    def _answer(self, name: str, find: Callable[[], float]) -> None:
+        """Tells the optimizer's groups that ask."""
+        asking = self._asking[name]
+        if not asking:
+            return
+        found = find()
+        for number in asking:
+            self.optimizer.param_groups[number][name] = found
 
     def _check_course(self, at: Progress) -> None:
         """After a record: whether training still is where it could be going somewhere."""

@@ -20,6 +20,7 @@ from fwdlearn.engine import trainable
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
 from fwdlearn.local import local_rows
 from fwdlearn.models import Built
+from fwdlearn.optim import Several
 from fwdlearn.recipe.component import Component
 from fwdlearn.recipe.load import Recipe
 from fwdlearn.recipe.source import Problem
@@ -63,8 +64,7 @@ def assemble(
     for name in ("objective", "estimator", "allocator"):
         with blaming(recipe, parts[name]):
             made[name] = parts[name]()
-    with blaming(recipe, parts["optimizer"]):
-        optimizer = parts["optimizer"](params=_grouped(recipe, trainable(module)))
+    optimizer = _optimizer(recipe, trainable(module))
     schedule = None
     if "optimizer.schedule" in parts:
         steps = _steps(recipe, made["estimator"], made["allocator"], module, data)
@@ -137,18 +137,29 @@ def blaming(recipe: Recipe, component: Component) -> Iterator[None]:
         raise recipe.error([problem]) from error
 
 
-def _grouped(recipe: Recipe, params: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """The optimizer's groups: a parameter belongs to the first pattern that its name matches."""
-    left = dict(params)
-    groups: list[dict[str, Any]] = []
+def _optimizer(recipe: Recipe, params: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer, or several as one; a parameter goes with the first pattern that it matches."""
+    left, groups = dict(params), []
+    others: list[tuple[Component, list[dict[str, Any]]]] = []
     for pattern, group in recipe.groups.items():
         names = fnmatch.filter(left, pattern)
         if not names:
             known = ", ".join(list(left)[:3]) or "none that is left"
             message = f"the pattern matches no trainable parameter; the first are {known}"
             raise recipe.error([Problem(group.path, message, "key")])
-        groups.append({"params": [left.pop(name) for name in names], **group.arguments})
-    return [{"params": list(left.values())}, *groups] if left else groups
+        held = {"params": [left.pop(name) for name in names]}
+        if group.kind == "optimizer":
+            others.append((group, [held]))
+        else:
+            groups.append({**held, **group.arguments})
+    if left:
+        groups.insert(0, {"params": list(left.values())})
+    made = []
+    for component, own in [(recipe.components["optimizer"], groups), *others]:
+        if own:
+            with blaming(recipe, component):
+                made.append(component(params=own))
+    return made[0] if len(made) == 1 else Several(made)
 
 
 def _steps(recipe: Recipe, estimator: Any, allocator: Any, module: nn.Module, data: Data) -> int:

@@ -20,7 +20,10 @@ _ANY_STEPS = 1000
 
 
 def check_together(
-    components: Mapping[str, Component], sinks: Sequence[Component], fixed: Fixed
+    components: Mapping[str, Component],
+    sinks: Sequence[Component],
+    groups: Mapping[str, Component],
+    fixed: Fixed,
 ) -> list[Problem]:
     """Everything that is wrong with well-formed components."""
     problems = _check_paths(components.get("data"))
@@ -35,7 +38,9 @@ def check_together(
     if optimizer is not None:
         # A matrix, because some optimizers take nothing else.
         parameter = torch.nn.Parameter(torch.zeros(2, 2))
-        problems += _try(_light(optimizer), made, params=[parameter])
+        others = [group for group in groups.values() if group.kind == "optimizer"]
+        for one in (*others, optimizer):
+            problems += _try(_light(one), made, params=[parameter])
     if schedule is not None and "optimizer" in made:
         steps = fixed.trainer.steps or _ANY_STEPS
         lengths = {"T_max": steps, "total_steps": steps, "total_iters": steps}

@@ -26,7 +26,8 @@ class Recipe:
         source: its text, and where each key stands.
         components: model, data, objective, estimator, allocator, optimizer and perhaps
             optimizer.schedule.
-        groups: pattern of parameter names -> the optimizer with what differs for them.
+        groups: pattern of parameter names -> the optimizer with what differs for them, or
+            another optimizer.
         sinks: tracking, in the order asked for.
         metrics: figures that evaluations have beside their own.
         fixed: the other sections.
@@ -66,7 +67,12 @@ class Recipe:
         if schedule is not None:
             sections["optimizer"]["schedule"] = schedule
         if self.groups:
-            groups = {pattern: group.settings for pattern, group in self.groups.items()}
+            groups = {
+                pattern: {"name": group.name} | group.settings
+                if group.kind == "optimizer"
+                else group.settings
+                for pattern, group in self.groups.items()
+            }
             sections["optimizer"]["groups"] = groups
         return {
             **sections,
@@ -134,7 +140,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
             groups[str(path[-1])] = component
         else:
             components[dotted(path)] = component
-    problems += check_together(components, sinks, fixed)
+    problems += check_together(components, sinks, groups, fixed)
     if problems or form:
         raise _error(source, problems or form)
     order = [dotted(path) for path in COMPONENTS if dotted(path) in components]
@@ -231,7 +237,7 @@ def _meant_name(section: Mapping[str, Any]) -> str | None:
 
 
 def _groups(name: str, groups: Any) -> tuple[list[Section], list[Problem]]:
-    """What the optimizer does differently for some parameters, by pattern of their names."""
+    """What differs for some parameters, by pattern of their names: arguments, or the optimizer."""
     if groups is None:
         return [], []
     if not isinstance(groups, dict):
@@ -240,11 +246,19 @@ def _groups(name: str, groups: Any) -> tuple[list[Section], list[Problem]]:
     found: list[Section] = []
     problems: list[Problem] = []
     for pattern, given in groups.items():
-        if isinstance(given, dict) and given:
-            found.append(("group", (*GROUPS, pattern), name, given))
+        path = (*GROUPS, pattern)
+        if isinstance(given, dict) and given.get("name") is not None:
+            rest = {key: value for key, value in given.items() if key != "name"}
+            if isinstance(given["name"], str):
+                found.append(("optimizer", path, given["name"], rest))
+            else:
+                message = f"must be text; {suggest('', entries('optimizer'))}"
+                problems.append(Problem((*path, "name"), message, "value"))
+        elif isinstance(given, dict) and given:
+            found.append(("group", path, name, given))
         else:
             message = f"must be arguments of the optimizer, such as lr, got {given!r}"
-            problems.append(Problem((*GROUPS, pattern), message))
+            problems.append(Problem(path, message))
     return found, problems
 
 
