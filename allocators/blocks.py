@@ -18,6 +18,10 @@ and every p_s is mixed with 1 / blocks by `explore`.
 
 Symbols: a_s `sizes`, p_s `probability`.
 
+With `rule: uniform`, `keep` and `always` it is the sampling of LISA (R. Pan et al., "LISA:
+Layerwise importance sampling for memory-efficient large language model fine-tuning", NeurIPS 2024):
+some layers, drawn anew every `keep` steps, and the first and the last ones in every step.
+
 Differs from the papers in: blocks of a network's parameters in place of coordinates or examples;
 the squared norm is that of an estimate, so its noise counts, as it should. The reported variance is
 that of a block that was drawn.
@@ -52,6 +56,9 @@ class Blocks(Allocator):
         explore: the part of the probability that all blocks share, in (0, 1].
         memory: of the running means, in [0, 1).
         rate: of the bandit's weights, positive.
+        keep: steps that a block stays once it is drawn, at least 1; momentum has that long to
+            gather.
+        always: patterns of parameters that every step is about beside its block.
         sharing: as for Uniform.
 
     Raises:
@@ -71,9 +78,12 @@ class Blocks(Allocator):
     memory: float = 0.9
     rate: float = 0.05
     sharing: str | int = "private"
+    keep: int = 1
+    always: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
+        object.__setattr__(self, "always", tuple(self.always))
         check_counts("Blocks", self.directions)
         check_sharing("Blocks", self.sharing)
         rules = {
@@ -82,24 +92,31 @@ class Blocks(Allocator):
             "explore": (0 < self.explore <= 1, "in (0, 1]"),
             "memory": (0 <= self.memory < 1, "in [0, 1)"),
             "rate": (0 < self.rate < math.inf, "positive"),
+            "keep": (self.keep >= 1, "at least 1"),
         }
         for name, (kept, rule) in rules.items():
             if not kept:
                 raise ValueError(f"Blocks({name}=...) must be {rule}, got {getattr(self, name)!r}.")
 
     def init(self) -> Any:
-        """Running means of the a_s, nan where nothing is known, and the bandit's log-weights."""
+        """Running means of the a_s, nan where nothing is known, the bandit's log-weights, and the
+        block that is being kept."""
         count = len(self.blocks)
         nothing = torch.full((count,), math.nan, dtype=torch.float64)
-        return {"sizes": nothing, "weights": torch.zeros(count).double(), "largest": 0.0}
+        state = {"sizes": nothing, "weights": torch.zeros(count).double(), "largest": 0.0}
+        return {**state, "number": 0, "probability": 1.0, "left": 0}
 
     def allocate(
         self, rows: int, signals: Mapping[str, Tensor], state: Any, *, key: Key
     ) -> tuple[Plan, Any]:
-        probability = self._probability(state)
-        place = torch.searchsorted(probability.cumsum(0), key.uniform(1)[0]).item()
-        number = min(int(place), len(self.blocks) - 1)
-        block = Block(self.blocks, number, float(probability[number]))
+        if not state["left"]:
+            probability = self._probability(state)
+            place = torch.searchsorted(probability.cumsum(0), key.uniform(1)[0]).item()
+            number = min(int(place), len(self.blocks) - 1)
+            drawn = {"number": number, "probability": float(probability[number])}
+            state = {**state, **drawn, "left": self.keep}
+        state = {**state, "left": state["left"] - 1}
+        block = Block(self.blocks, state["number"], state["probability"], self.always)
         counts = torch.full((rows,), self.directions)
         return Plan(counts, sharing_rows(self.sharing, rows), block=block), state
 
@@ -108,8 +125,10 @@ class Blocks(Allocator):
     ) -> Any:
         assert plan.block is not None
         number, p = plan.block.number, plan.block.probability
+        squares = feedback.square_norms
+        every = sum(value for name, value in squares.items() if plan.block.stays(name))
         # What was fed back counts the block 1 / p times.
-        size = feedback.square_norm * p**2
+        size = (feedback.square_norm - every) * p**2
         sizes, weights = state["sizes"].clone(), state["weights"].clone()
         known = not math.isnan(float(sizes[number]))
         sizes[number] = self.memory * sizes[number] + (1 - self.memory) * size if known else size
@@ -118,7 +137,8 @@ class Blocks(Allocator):
         if largest > 0:
             # At most `rate` a step, whatever the probability.
             weights[number] += self.rate * (self.explore / len(self.blocks)) * reward / largest / p
-        return {"sizes": sizes, "weights": weights - weights.max(), "largest": largest}
+        known_now = {"sizes": sizes, "weights": weights - weights.max(), "largest": largest}
+        return {**state, **known_now}
 
     def _probability(self, state: Any) -> Tensor:
         count = len(self.blocks)
@@ -134,4 +154,8 @@ class Blocks(Allocator):
 
     @classmethod
     def examples(cls) -> list[Self]:
-        return [cls(("w*", "*")), cls(("w*", "*"), 2, "bandit", sharing="shared")]
+        return [
+            cls(("w*", "*")),
+            cls(("w*", "*"), 2, "bandit", sharing="shared"),
+            cls(("w*", "*"), rule="uniform", keep=2),
+        ]

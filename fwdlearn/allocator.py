@@ -26,20 +26,34 @@ class Block:
         patterns: of parameter names; a parameter belongs to the first one that its name matches.
         number: of the pattern that was drawn.
         probability: with which it was drawn, in (0, 1]; the step's gradient counts 1 over this.
+        always: patterns of parameters that every step is about beside its block; they come before
+            `patterns`, and count once.
     """
 
     patterns: tuple[str, ...]
     number: int
     probability: float
+    always: tuple[str, ...] = ()
+
+    def stays(self, name: str) -> bool:
+        """Whether every step is about that parameter."""
+        return any(fnmatch.fnmatchcase(name, one) for one in self.always)
+
+    def factor(self, name: str) -> float:
+        """What the gradient of one of its parameters counts."""
+        return 1.0 if self.stays(name) else 1 / self.probability
 
     def names(self, params: Iterable[str]) -> tuple[str, ...]:
-        """The block's own, of all trainable parameters.
+        """The block's own and those that are in every step, of all trainable parameters.
 
         Raises:
             UsageError: a parameter matches no pattern, or a pattern no parameter of its own.
         """
         own: list[list[str]] = [[] for _ in self.patterns]
-        for name in params:
+        every = {name: self.stays(name) for name in params}
+        if self.always and not any(every.values()):
+            raise UsageError(f"no parameter matches {', '.join(self.always)}; leave it out.")
+        for name in (name for name, stays in every.items() if not stays):
             match = (n for n, one in enumerate(self.patterns) if fnmatch.fnmatchcase(name, one))
             place = next(match, None)
             if place is None:
@@ -53,7 +67,7 @@ class Block:
                 raise UsageError(
                     f"the block {pattern!r} has no parameter of its own; leave it out."
                 )
-        return tuple(own[self.number])
+        return tuple(name for name, stays in every.items() if stays or name in own[self.number])
 
 
 @dataclass(frozen=True)

@@ -251,18 +251,23 @@ class Summed(Mapping[str, Tensor]):
 
 
 class ScaledGradient(Mapping[str, Tensor]):
-    """Another gradient times a number, formed when a name is asked for."""
+    """Another gradient, each tensor times a number, formed when a name is asked for.
 
-    def __init__(self, gradient: Mapping[str, Tensor], factor: float) -> None:
-        self.gradient, self.factor = gradient, factor
+    Args:
+        gradient: the other.
+        factors: name -> number, for every name.
+    """
+
+    def __init__(self, gradient: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
+        self.gradient, self.factors = gradient, factors
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.gradient[name] * self.factor
+        return self.gradient[name] * self.factors[name]
 
     @property
     def spread(self) -> float:
-        """Of the other gradient's slopes, times the number."""
-        return spread_of(self.gradient) * abs(self.factor)
+        """Of the other gradient's slopes, times the largest number."""
+        return spread_of(self.gradient) * max(self.factors.values())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.gradient)

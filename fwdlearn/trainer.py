@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fwdlearn.allocator import Allocator, Feedback, Plan
+from fwdlearn.allocator import Allocator, Block, Feedback, Plan
 from fwdlearn.arithmetic import SHORT, alike
 from fwdlearn.batch import Batch
 from fwdlearn.blackbox import BlackBox, CallableOracle
@@ -472,7 +472,7 @@ class Trainer:
             assert isinstance(oracle, StepOracle)
             state = Pieces(state, oracle.carried)
         if plan.block is not None:
-            estimate = _counted(estimate, 1 / plan.block.probability)
+            estimate = _counted(estimate, plan.block)
         self._answer("tangents", lambda: int(estimate.info.get("tangents", plan.directions)))
         if not torch.isfinite(estimate.loss):
             raise NonFiniteError(
@@ -684,12 +684,16 @@ class Trainer:
             getattr(sink, event)(message)
 
 
-def _counted(estimate: Estimate, factor: float) -> Estimate:
-    """The estimate of a block that was drawn with probability 1 / factor."""
-    info = dict(estimate.info)
+def _counted(estimate: Estimate, block: Block) -> Estimate:
+    """The estimate of a block that was drawn by chance."""
+    info, factors = dict(estimate.info), {name: block.factor(name) for name in estimate.grad}
     if "variance" in info:
-        info["variance"] = info["variance"] * factor**2
-    return replace(estimate, grad=ScaledGradient(estimate.grad, factor), info=info)
+        if len(set(factors.values())) == 1:
+            info["variance"] = info["variance"] / block.probability**2
+        else:
+            # How it is divided among the parameters is not known.
+            del info["variance"]
+    return replace(estimate, grad=ScaledGradient(estimate.grad, factors), info=info)
 
 
 class _training:

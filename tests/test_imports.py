@@ -14,7 +14,17 @@ INTERFACES = {
     f"fwdlearn.{name}"
     for name in (
         *("estimator", "allocator", "counts", "oracle", "directions", "noise", "given", "products"),
-        *("gradient", "keys", "errors", "quasi", "orthogonal", "balance", "differences", "coded", "shaped"),
+        *(
+            "gradient",
+            "keys",
+            "errors",
+            "quasi",
+            "orthogonal",
+            "balance",
+            "differences",
+            "coded",
+            "shaped",
+        ),
     )
 }
 ALGORITHMS = ("estimators", "allocators")

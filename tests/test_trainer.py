@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,11 @@ from fwdlearn.allocators import (
 from fwdlearn.blackbox import BlackBox
 from fwdlearn.data import Data, DataInfo, Rows, digits
 from fwdlearn.errors import BackwardError, NonFiniteError, UsageError
-from fwdlearn.estimators import SPSA, ForwardGradient, RandomPerturbation
+from fwdlearn.estimators import AIMZO, LOZO, SPSA, ForwardGradient, HiZOO, RandomPerturbation
 from fwdlearn.keys import Key
 from fwdlearn.models import mlp
 from fwdlearn.objectives import cross_entropy, mean_squared_error, returned, zero_one
+from fwdlearn.optim import NormalizedSGD
 from fwdlearn.trainer import Trainer
 
 
@@ -445,6 +447,48 @@ def test_a_budget_that_changes_is_kept_and_the_schedule_follows_it() -> None:
     assert 8 * 9 * 20 - 8 * 2 < summary["queries"] <= 8 * 9 * 20
     assert rates[0] == 1.0 and 0 < rates[-1] < 0.06
     assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "estimator", [RandomPerturbation(), ForwardGradient()], ids=lambda one: type(one).__name__
+)
+def test_what_every_step_is_about_counts_once(estimator: Any) -> None:
+    allocator = Blocks(("*.weight", "*"), 4, rule="uniform", always=("layers.0.*",))
+    run = trainer(estimator=estimator, allocator=allocator, steps=1)
+    made, _, _ = run._estimate(0, run.estimator.init(run.engine.params), run.allocator.init())
+    grad = made.estimate.grad
+    for name in made.names:
+        factor = 1 if name.startswith("layers.0.") else 2
+        assert torch.equal(grad[name], grad.gradient[name] * factor)  # type: ignore[attr-defined]
+    assert "variance" not in made.estimate.info
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [LOZO(1e-2, lazy=2), AIMZO(1e-2, width=2, refresh=2), HiZOO(1e-2), ForwardGradient()],
+    ids=lambda one: type(one).__name__,
+)
+@pytest.mark.parametrize("sharing", ["private", "shared"])
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
+@pytest.mark.parametrize("kind", ["momentum", "Adam", "normalized"])
+def test_methods_compose(estimator: Any, sharing: str, blocks: bool, kind: str) -> None:
+    """Every estimator with every way to share, with blocks, and with what optimizers remember."""
+    makes: dict[str, Any] = {
+        "momentum": partial(torch.optim.SGD, momentum=0.9),
+        "Adam": torch.optim.Adam,
+        "normalized": partial(NormalizedSGD, momentum=0.9),
+    }
+    allocator: Any = Uniform(4, sharing=sharing)
+    if blocks:
+        allocator = Blocks(("layers.0.*", "*"), 4, sharing=sharing, keep=2)
+    run = trainer(estimator=estimator, allocator=allocator, optimizer=makes[kind], lr=1e-2, steps=5)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    summary = run.train()
+    traits = estimator.traits
+    assert summary["queries"] == 5 * 8 * (4 * traits.queries_per_direction + traits.queries_per_row)
+    after = dict(run.model.named_parameters())
+    assert all(p.isfinite().all() for p in after.values())
+    assert any(not torch.equal(p, before[name]) for name, p in after.items())
 
 
 @pytest.mark.parametrize(

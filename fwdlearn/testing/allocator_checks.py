@@ -21,7 +21,7 @@ from fwdlearn.keys import Key
 from fwdlearn.testing.estimator_case import ROOT
 from fwdlearn.testing.estimator_purity import GlobalDraws, plain
 from fwdlearn.testing.estimator_statistics import mean_figure
-from fwdlearn.testing.problems import Linear, flatten, numbers
+from fwdlearn.testing.problems import Linear, flatten, numbers, unflatten
 from fwdlearn.testing.report import Figure, NotApplicable, Suite, disturb, generator_states
 from fwdlearn.testing.settings import fresh, frozen_figure, settings_of, survival_figure
 
@@ -287,7 +287,9 @@ def mean_is_unchanged(case: AllocatorCase) -> Figure:
         along = (slopes[plan.row] * z).sum(1)
         grad = (plan.weight * along) @ z
         if plan.block is not None:
-            grad = grad / plan.block.probability
+            # Zeros where the step is not about a parameter.
+            parts = unflatten(grad.unsqueeze(0), problem.params)
+            grad = flatten({n: part * plan.block.factor(n) for n, part in parts.items()})[0]
         if allocator.reweights and plan.row_weight is not None:
             grad = grad - plan.row_weight @ slopes + slopes.mean(0)
         grads.append(grad)

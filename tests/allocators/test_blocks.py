@@ -50,6 +50,30 @@ def test_names_belong_to_the_first_pattern() -> None:
         Block(("head.x", "*"), 0, 0.5).names(names)
 
 
+def test_a_block_is_kept_and_some_parameters_stay() -> None:
+    """LISA: a layer for so many steps, embeddings and head in every one."""
+    layers = ("layers.0.*", "layers.1.*", "layers.2.*")
+    allocator = Blocks(layers, rule="uniform", keep=3, always=("embed*", "head.*"))
+    names = ["embed", "layers.0.w", "layers.1.w", "layers.2.w", "head.w"]
+    state, seen = allocator.init(), []
+    for step in range(300):
+        plan, state = allocator.allocate(2, {}, state, key=Key.root(1).fold(step))
+        assert plan.block is not None
+        own = plan.block.names(names)
+        assert own == ("embed", names[1 + plan.block.number], "head.w")
+        assert [plan.block.factor(name) for name in own] == pytest.approx([1, 3, 1])
+        seen.append(plan.block.number)
+        told = Feedback(1.0, 9.0 + 5.0, {"embed": 2.0, own[1]: 9.0, "head.w": 3.0}, 1.0)
+        state = allocator.observe(plan, {}, told, state)
+    assert all(seen[i] == seen[i + 1] == seen[i + 2] for i in range(0, 300, 3))
+    # Each about a third of the time, within five standard errors of a hundred draws.
+    assert all(abs(seen[::3].count(number) - 100 / 3) < 24 for number in range(3))
+    # What is always there is no part of what a block has to gain.
+    assert state["sizes"].tolist() == pytest.approx([1.0, 1.0, 1.0])
+    with pytest.raises(UsageError, match="no parameter matches tail"):
+        Block(("*",), 0, 1.0, ("tail.*",)).names(names)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -58,6 +82,7 @@ def test_names_belong_to_the_first_pattern() -> None:
         ({"explore": 0.0}, "Blocks(explore=...) must be in (0, 1], got 0.0."),
         ({"memory": 1.0}, "Blocks(memory=...) must be in [0, 1), got 1.0."),
         ({"rate": 0.0}, "Blocks(rate=...) must be positive, got 0.0."),
+        ({"keep": 0}, "Blocks(keep=...) must be at least 1, got 0."),
         ({"directions": 0}, "Blocks(directions=...) must be at least 1, got 0."),
     ],
 )

@@ -16,14 +16,18 @@ from fwdlearn.allocators import AdaptiveDirections
 from fwdlearn.baselines import RidgeReadout
 from fwdlearn.errors import FwdlearnError, StorageError, UsageError
 from fwdlearn.estimators import (
+    AIMZO,
+    LOZO,
     ActivityNodePerturbation,
     ForwardGradient,
+    HiZOO,
     LikelihoodRatio,
     RandomPerturbation,
 )
 from fwdlearn.ledger import files, journal
 from fwdlearn.ledger.records import Ledger
 from fwdlearn.models import mlp
+from fwdlearn.optim import NormalizedSGD, Several
 from fwdlearn.trainer import Trainer
 from tests.ledger.small import Run, equal
 from tests.test_trainer import tiny
@@ -51,6 +55,13 @@ def _stop_at(run: Run, step: int) -> None:
         run.train()
 
 
+def _muon(params: Sequence[nn.Parameter]) -> Several:
+    """Matrices by Muon, the rest by Adam."""
+    matrices = [p for p in params if p.dim() == 2]
+    rest = [p for p in params if p.dim() != 2]
+    return Several([torch.optim.Muon(matrices, lr=0.01), torch.optim.Adam(rest, lr=0.01)])
+
+
 @pytest.mark.parametrize(
     ("parts", "alone"),
     [
@@ -59,6 +70,11 @@ def _stop_at(run: Run, step: int) -> None:
         ({"estimator": ForwardGradient(guess="momentum")}, False),
         ({"estimator": ActivityNodePerturbation()}, False),
         ({"estimator": LikelihoodRatio()}, False),
+        ({"estimator": LOZO(0.01, lazy=2)}, False),
+        ({"estimator": AIMZO(0.01, width=2, refresh=2)}, False),
+        ({"estimator": HiZOO(0.01)}, False),
+        ({"optimizer": lambda p: NormalizedSGD(p, lr=0.01, momentum=0.9)}, True),
+        ({"optimizer": _muon}, True),
         ({"estimator": RidgeReadout()}, False),
         ({"allocator": AdaptiveDirections(2)}, False),
     ],
