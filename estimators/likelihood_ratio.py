@@ -168,7 +168,7 @@ class LikelihoodRatio(Estimator):
         grads.append(clean.gather(ChainMap(exact, *sums)))  # type: ignore[arg-type]
         grads.append({name: torch.zeros_like(value) for name, value in params.items()})
         info = {"coef_abs": differences.size, "nonfinite": torch.tensor(differences.nonfinite)}
-        if plan.sharing == 1 and self.law in LAWS:
+        if plan.sharing == 1 and self.law != "sobol":
             info["variance"] = variance
         grad: Mapping[str, Tensor] = ChainMap(*grads)  # type: ignore[arg-type]
         queries, rows = oracle.queries - start, differences.rows

@@ -150,10 +150,12 @@ class MeasuredSum(Mapping[str, Tensor]):
         square.index_add_(0, total.row, total.coefficients.double().square())
         weight.index_add_(0, total.row, plan.weight)
         count.index_add_(0, total.row, torch.ones_like(plan.weight))
-        pairs = count / (count - 1).clamp(min=1) / weight.square().clamp(min=1e-300)
+        overlap = total.noise.overlap(count)
+        own = square * overlap
+        pairs = count / (count - overlap).clamp(min=1) / weight.square().clamp(min=1e-300)
         found = []
         for name in total:
-            products = pairs * (self._squares[name] - square * self._energy(name))
+            products = pairs * (self._squares[name] - own * self._energy(name))
             found.append(products[count > 1].mean())
         return torch.stack(found)
 
@@ -162,9 +164,11 @@ class MeasuredSum(Mapping[str, Tensor]):
 
         It holds where no two rows share a number of the noise.
         """
-        noise = self.total.noise
+        noise, row = self.total.noise, self.total.row
         each = sum(gains[name] / noise.size(name) ** 2 for name in self.total)
-        return self.total.coefficients.double().square().sum() * noise.energy * each
+        count = torch.bincount(row, minlength=self.plan.rows).double()
+        squares = self.total.coefficients.double().square() * noise.overlap(count)[row]
+        return squares.sum() * noise.energy * each
 
     def _energy(self, name: str) -> float:
         """Squared norm of the score of one query, over the squared size of the noise."""

@@ -111,6 +111,17 @@ class Noise(ABC):
         """Mean square of the score of an entry."""
         return 1.0
 
+    def overlap(self, count: Tensor) -> Tensor:
+        """How much directions of a row repeat each other, float64 like `count`.
+
+        So many directions leave an estimate a variance of overlap / count, in units of that of
+        one: 1 where they are independent, 0 where they tell all there is.
+
+        Args:
+            count: directions of each row.
+        """
+        return torch.ones_like(count)
+
     def size(self, name: str) -> float:
         """Size of the noise at a layer, relative to the rest."""
         return (self.scales or {}).get(name, 1.0)

@@ -4,16 +4,18 @@ Paper: K. Choromanski, M. Rowland, V. Sindhwani, R. Turner and A. Weller, "Struc
 compact architectures for scalable policy optimization" (ICML 2018,
 https://arxiv.org/abs/1804.02395): rows of a Hadamard matrix, with random signs.
 
-Direction k of a row is z_k = H[k] * s, where H is a Hadamard matrix and s are random signs of the
-row's own: each z_k is Rademacher noise by itself. With d noisy numbers in a row the squared error
-of n directions is d/n - 1 times the squared derivative, against (d - 1)/n of independent ones; with
-n the next power of two from d on, nothing is left but what sigma does.
+Direction k of a row is z_k = H[k] * s, where H is a Hadamard matrix, its columns in a random order,
+and s are random signs of the row's own: each z_k is Rademacher noise by itself. With d noisy
+numbers in a row the squared error of n directions is d/n - 1 times the squared derivative, against
+(d - 1)/n of independent ones; with n the next power of two from d on, nothing is left but what
+sigma does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +25,22 @@ from fwdlearn.keys import Key, stream_id
 from fwdlearn.noise import GivenNoise, Output
 
 
+@dataclass(frozen=True, kw_only=True)
+class OrthogonalNoise(GivenNoise):
+    """Numbers of sets of orthogonal directions.
+
+    Args:
+        full: directions of a whole set, a power of two.
+    """
+
+    full: int
+
+    def overlap(self, count: Tensor) -> Tensor:
+        # Whole sets tell all there is; what is left over is a random part of one.
+        over = count % self.full
+        return over * (self.full - over) / (max(self.full - 1, 1) * count.clamp(min=1))
+
+
 def orthogonal_noise(
     key: Key,
     sites: Mapping[str, Output],
@@ -30,7 +48,7 @@ def orthogonal_noise(
     scales: Mapping[str, float] | None,
     only: Collection[str],
     device: torch.device | str = "cpu",
-) -> GivenNoise:
+) -> OrthogonalNoise:
     """Signs, of which those of a row (or of the rows that share directions) are orthogonal.
 
     Held in memory, unlike drawn noise: as many numbers as directions times noisy numbers of a row.
@@ -53,18 +71,18 @@ def orthogonal_noise(
     group = torch.empty(plan.directions, dtype=torch.int64)
     group[numbers] = begin[pairs]
     position = torch.arange(len(group)) - group
-    # Columns repeat where rows are few: rows of a large Hadamard matrix do so by themselves.
-    order = min(_power(int(position.max()) + 1), _power(sum(sizes)))
-    matrix, turn = _hadamard(order), position // order
+    key, full = key.fold("orthogonal"), _power(sum(sizes))
+    # Columns repeat where rows are few: those of a large Hadamard matrix do so by themselves.
+    order = min(_power(int(position.max()) + 1), full)
+    matrix, turn, columns = _hadamard(order), position // full, key.permutation(full) % order
     values, column = {}, 0
     for name, size in zip(names, sizes, strict=True):
-        columns = torch.arange(column, column + size) % order
-        signs = _signs(key.fold("orthogonal"), name, group, turn, size)
-        points = matrix[position % order][:, columns] * signs
+        points = matrix[position % order][:, columns[column : column + size]]
+        points = points * _signs(key, name, group, turn, size)
         dtype = torch.promote_types(sites[name].dtype, torch.float32)
         values[name] = points.to(device, dtype).reshape(-1, *sites[name].shape)
         column += size
-    return GivenNoise(values, scales)
+    return OrthogonalNoise(values, scales, full=full)
 
 
 def _power(count: int) -> int:

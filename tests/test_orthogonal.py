@@ -69,3 +69,19 @@ def test_rows_and_keys_are_independent() -> None:
 def test_a_row_has_the_same_signs_in_any_company() -> None:
     alone, among = drawn(Plan.uniform(1, 4), (8,)), drawn(Plan.uniform(5, 4), (8,))
     assert torch.equal(alone, among[:4])
+
+
+def test_overlap_is_what_is_left_of_the_variance() -> None:
+    """Mean squared correlation of two numbers over some directions, times how many there are.
+
+    Over 28 pairs of 512 rows; the standard error of the figure is below 0.02.
+    """
+    sites = {"layer": Output((8,), torch.float32, ())}
+    for count in (1, 2, 3, 4, 6, 8, 11, 16):
+        plan = Plan.uniform(512, count)
+        noise = orthogonal_noise(KEY, sites, plan, None, ["layer"])
+        points = noise.values["layer"].view(512, count, 8)
+        squares = (points.mT @ points / count).square()
+        off = (squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)) / 56
+        found = float(noise.overlap(torch.tensor([float(count)])))
+        assert abs(float(off.mean()) * count - found) < 0.1

@@ -282,6 +282,28 @@ def test_orthogonal_directions_of_a_full_set_are_exact() -> None:
     assert errors["orthogonal"] < 0.85 * errors["rademacher"]
 
 
+@pytest.mark.parametrize("copies", [2, 3, 8])
+def test_orthogonal_directions_know_their_variance(copies: int) -> None:
+    """Reported against measured over 600 estimates, whose standard error is some 6 %; eight
+    directions of seven numbers leave none."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    model, batch = model.double(), Batch((torch.randn(2, 3).double(),), torch.tensor([0, 2]))
+    estimator, plan, state = LikelihoodRatio(1e-5, law="orthogonal"), Plan.uniform(2, copies), None
+    gradient, error, told = exact(model, batch), 0.0, 0.0
+    for number in range(600):
+        oracle = ModelOracle(Engine(model, cross_entropy), batch)
+        state = estimator.init(oracle.params) if state is None else state
+        estimate, state = estimator.estimate(
+            oracle, oracle.params, state, key=Key.root(number), plan=plan
+        )
+        error += sum(float((estimate.grad[n] - g).square().sum()) for n, g in gradient.items())
+        told += float(estimate.info["variance"])
+    if copies == 8:
+        assert told == 0.0 and error < 1e-6
+    else:
+        assert told == pytest.approx(error, rel=0.3)
+
+
 def test_memory_does_not_grow_with_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Live bytes of a whole step with four times the copies: bookkeeping grows, nothing else."""
     monkeypatch.setattr("fwdlearn.noise._KEEP_BYTES", 0)
