@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 COPY := build/copy
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test test-all soak lint format clean
+.PHONY: train test test-all soak nightly lint format clean
 
 # The first minute: a network learns handwritten digits by forward passes alone.
 train: $(VENV)/train
@@ -20,6 +20,14 @@ test-all: $(VENV)/dev
 # Runs that are killed a hundred times, and files that are changed ten thousand times.
 soak: $(VENV)/dev
 	WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/ledger
+
+# The same, two thousand times, and a run of a million steps: a night on two cores.
+KILLS ?= 2000
+STEPS ?= 1000000
+nightly: $(VENV)/dev
+	WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rP tests/ledger/test_kill.py \
+		--kills $(KILLS)
+	WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --steps $(STEPS)
 
 # Types and docstring examples are checked on an installed copy: in a checkout the mapped folders
 # are not where an import looks for them.

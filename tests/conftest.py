@@ -16,6 +16,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write tests/golden/*.json anew instead of failing on a difference",
     )
 
+    parser.addoption(
+        "--kills", type=int, default=100, help="how often slow tests kill runs, all cases together"
+    )
+
 
 @pytest.fixture(autouse=True)
 def generators_untouched(request: pytest.FixtureRequest) -> Iterator[None]:

@@ -29,8 +29,11 @@ def test_signals_that_ask_to_stop(tmp_path: Path) -> None:
     kill_and_compare(CASES["guess-adam"], tmp_path, kills=4, seed=0, signals=asking)
 
 
-# A hundred starts take minutes.
+# A hundred starts take minutes, and `--kills 2000` hours.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_a_hundred_kills(tmp_path: Path, name: str) -> None:
-    kill_and_compare(CASES[name], tmp_path, kills=-(-100 // len(CASES)), seed=1)
+def test_many_kills(tmp_path: Path, name: str, request: pytest.FixtureRequest) -> None:
+    kills = -(-int(request.config.getoption("--kills")) // len(CASES))
+    # Other moments where there are more of them.
+    runs = kill_and_compare(CASES[name], tmp_path, kills, seed=kills)
+    print(f"{name}: {kills} kills in {runs} runs, nothing differs")

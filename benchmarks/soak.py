@@ -1,0 +1,109 @@
+"""A long run of a tiny model: what grows, and what slows down.
+
+    python -m benchmarks.soak [--steps N] [--minutes M] [KEY=VALUE]...
+
+Memory is that of the whole process, from a tenth of the run on; time is that of its processor, so
+that others on the machine do not count. At the end the weights are rebuilt from the ledger and
+compared in every bit. Exits with 1 where memory has grown by 5 MB or more, steps have become slower
+by a twentieth or more, a step has taken more than 64 bytes and 4 a direction, or a bit differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from fwdlearn.ledger.journal import LEDGER
+from fwdlearn.ledger.records import Ledger
+from fwdlearn.recipe.load import load_recipe
+from fwdlearn.recipe.run import Interrupted, train
+from fwdlearn.recipe.verify import verify
+from fwdlearn.sinks.console import Console
+
+RECIPE = """\
+model: {name: mlp, hidden: [4]}
+data: {name: digits, test_fraction: 0.9}
+estimator: {name: RandomPerturbation}
+allocator: {name: Uniform, directions: 1, sharing: shared}
+optimizer: {name: SGD, lr: 1e-3}
+"""
+_PARTS = 100
+
+
+class Watch(Console):
+    """Notes memory and time at every record.
+
+    Args:
+        seconds: after which the run is stopped.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("soak")
+        self.until = time.monotonic() + seconds
+        self.noted: list[tuple[int, int, float]] = []
+
+    def log(self, record: dict[str, Any]) -> None:
+        if "train.loss" in record:
+            self.noted.append((record["step"], resident(), time.process_time()))
+            if time.monotonic() > self.until:
+                raise Interrupted(15)
+
+
+def resident() -> int:
+    """Bytes of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--minutes", type=float, default=24 * 60.0)
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    every = max(1, asked.steps // _PARTS)
+    size = f"trainer={{batch_size: 4, steps: {asked.steps}, log_every: {every}}}"
+    watch = Watch(60 * asked.minutes)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe, run = Path(folder) / "soak.yaml", Path(folder) / "run"
+        recipe.write_text(RECIPE)
+        try:
+            train(load_recipe(str(recipe), [size, f"output.dir={run}", *asked.words]), watch)
+        except Interrupted:
+            print(f"stopped after {asked.minutes:g} minutes")
+        ledger = Ledger(run / LEDGER)
+        record = (ledger.end - ledger.end_of(0)) / ledger.steps
+        coefficients = ledger.record(ledger.steps).coefficients
+        assert coefficients is not None
+        most = 64 + 4 * len(coefficients)
+        found = verify(run, rebuild=True)
+    steps, memory, seconds = zip(*watch.noted, strict=True)
+    tenth = len(steps) // 10
+    grown = (memory[-1] - memory[tenth]) / 1e6
+    paces = [
+        1e3 * (seconds[n + 1] - seconds[n]) / (steps[n + 1] - steps[n])
+        for n in range(len(steps) - 1)
+    ]
+    fifth = max(1, len(paces) // 5)
+    first, last = median(paces[tenth : tenth + fifth]), median(paces[-fifth:])
+    sound = all(one.sound for one in found)
+    print(
+        f"{ledger.steps} steps; memory {grown:+.2f} MB; a step {first:.3f} ms at first and "
+        f"{last:.3f} ms at last ({last / first - 1:+.1%}); {record:.0f} bytes a step; "
+        f"{found[-1].says}"
+    )
+    bad = grown >= 5 or last / first >= 1.05 or record > most or not sound
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
