@@ -208,8 +208,10 @@ class _Run:
         with suppress(FwdlearnError):
             if self.journal is not None:
                 self.journal.close()
-        with suppress(FwdlearnError):
-            self.folder.write_json("summary.json", summary)
+        # A folder without a recipe is none of a run, and is to stay free for one.
+        if (self.folder.path / "resolved.yaml").exists():
+            with suppress(FwdlearnError):
+                self.folder.write_json("summary.json", summary)
         if self.reporting:
             for sink in self.sinks:
                 with suppress(Exception):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Sequence
@@ -82,8 +83,12 @@ CASES = {
 }
 
 
-def train(words: list[str], log: str) -> None:
-    """In the child: the command, with snapshots as often as there is a step."""
+def train(words: list[str], log: str, most: int | None = None) -> None:
+    """In the child: the command, with snapshots as often as there is a step.
+
+    Args:
+        most: bytes that a file may have.
+    """
     import torch
 
     from fwdlearn.cli import main
@@ -94,16 +99,20 @@ def train(words: list[str], log: str) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    if most is not None:
+        # The system says so with an error, not with a signal.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     os._exit(main(["train", *words]))
 
 
-def start(words: list[str], log: Path) -> Any:
-    """A process that runs the command; everything is imported already."""
+def start(words: list[str], log: Path, **limits: Any) -> Any:
+    """A process that runs the command as `train` does; everything is imported already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["fwdlearn.recipe.run", "fwdlearn.estimators", "sklearn.datasets", __name__]
     )
-    process = context.Process(target=train, args=(words, str(log)))
+    process = context.Process(target=train, args=(words, str(log)), kwargs=limits)
     process.start()
     return process
 
