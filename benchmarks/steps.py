@@ -196,5 +196,10 @@ def _drawn(directions: Directions) -> Directions:
 def _update(params: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> None:
     # So small that the next round starts from the same weights.
     for name in gradient:
+        if isinstance(gradient, DirectionGradient) and name in gradient.directions.entries:
+            # As plain gradient descent is handed it.
+            entries, grad = gradient.read(name)
+            params[name].index_add_(0, entries, grad.to(params[name].dtype), alpha=-1e-9)
+            continue
         with alike(params[name].dtype in SHORT):
             params[name].add_(update_of(gradient, name, params[name])[0], alpha=-1e-9)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import ClassVar
@@ -202,6 +202,29 @@ class LowRank:
         return gram.sum((1, 2)) * self.scale**2
 
 
+class ReadParams(dict[str, Tensor]):
+    """Name -> tensor, and the entries of tables that the rows of a batch read.
+
+    A table is a matrix that a model looks entries up in and uses in no other way: what is not
+    looked up has no gradient, exactly.
+
+    Args:
+        params: name -> tensor.
+        read: name of a table -> int64 [k], ascending; asked once, when it is needed.
+    """
+
+    def __init__(
+        self, params: Mapping[str, Tensor], read: Callable[[], Mapping[str, Tensor]]
+    ) -> None:
+        super().__init__(params)
+        self._read = read
+
+    @cached_property
+    def entries(self) -> Mapping[str, Tensor]:
+        """Name of a table -> the entries that are read."""
+        return {name: value for name, value in self._read().items() if name in self}
+
+
 @dataclass(frozen=True)
 class Directions:
     """A family of `count` random directions of `params`.
@@ -209,7 +232,8 @@ class Directions:
     Args:
         key: names the family. The same key gives the same directions on any machine.
         params: name -> tensor; only shapes, dtypes and devices are read. Parameters of a model
-            that it lacks stay as they are in `losses()`.
+            that it lacks stay as they are in `losses()`. Where they are `ReadParams`, directions
+            are zero in entries of tables that nothing reads.
         count: how many directions, numbered from 0.
         law: "rademacher" or "gaussian".
         rank: of the directions of matrices (at least 1), or None for independent entries.
@@ -240,6 +264,12 @@ class Directions:
         )
         return _sites(tuple(shapes), self.law, self.rank)
 
+    @property
+    def entries(self) -> Mapping[str, Tensor]:
+        """Name of a table -> int64 [k], outside of which directions are zero."""
+        known: Mapping[str, Tensor] = getattr(self.params, "entries", {})
+        return known
+
     @cached_property
     def bytes_per_direction(self) -> int:
         """Bytes that one direction takes while it is kept."""
@@ -264,12 +294,31 @@ class Directions:
         return self._expand_bytes // 4
 
     def at(self, ids: Tensor | slice, together: bool = True) -> Factors:
-        """Some of the directions, to be asked for all parameters `together` or for a few."""
+        """Some of the directions, to be asked for all parameters `together` or for a few.
+
+        For passes: in entries that these do not read, there may be numbers all the same.
+        """
         return Factors(self, ids, together)
 
     def factors(self, name: str, ids: Tensor | slice) -> LowRank | Tensor:
         """What perturbs one parameter: `LowRank`, or [len(ids), *shape] where it is dense."""
-        return self.at(ids, together=False)[name]
+        found = self.at(ids, together=False)[name]
+        if name not in self.entries:
+            return found
+        site = self.sites[name]
+        kept = torch.zeros(site.shape[0], 1, dtype=site.dtype, device=self.device)
+        kept[self.entries[name]] = 1
+        return found * kept if isinstance(found, Tensor) else replace(found, left=found.left * kept)
+
+    def read(self, name: str, ids: Tensor | slice) -> LowRank | Tensor:
+        """Of a table, the entries that are read alone: left [count, k, rank], or [count, k, n]."""
+        entries, some = self.entries[name], self.at(ids, together=False)
+        if not self.sites[name].rank:
+            dense = some[name]
+            assert isinstance(dense, Tensor)
+            return dense[:, entries]
+        count = len(range(self.count)[ids]) if isinstance(ids, slice) else len(ids)
+        return some.picked(name, entries.expand(count, -1))
 
     def dense(self, name: str, ids: Tensor) -> Tensor:
         """[len(ids), *shape]: the directions of one parameter written out, in its dtype."""
@@ -283,7 +332,10 @@ class Directions:
         total = torch.zeros(len(ids), dtype=torch.float64, device=self.device)
         for name, site in self.sites.items():
             if self.law == Rademacher.name and site.rank <= 1:
-                total += math.prod(site.shape) * site.scale**2
+                numbers = math.prod(site.shape)
+                if name in self.entries:
+                    numbers = len(self.entries[name]) * site.shape[1]
+                total += numbers * site.scale**2
                 continue
             for chunk in self.chunks(name, len(ids)):
                 factors = self.factors(name, ids[chunk])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fwdlearn.engine.footprint import LiveBytes
 from fwdlearn.estimator import Estimate
-from fwdlearn.gradient import update_of
+from fwdlearn.update import handed
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,9 @@ def timed(
 def _update(
     twin: torch.optim.Optimizer, probe: nn.Parameter, gradient: Mapping[str, Tensor], name: str
 ) -> None:
-    probe.grad, square = update_of(gradient, name, probe)
-    square.item()
-    twin.step()
-    probe.grad = None
+    with handed(twin, gradient, name, probe) as square:
+        square.item()
+        twin.step()
 
 
 @contextmanager

@@ -68,6 +68,11 @@ class GivenDirections(Directions):
     def sites(self) -> Mapping[str, Site]:
         return independent(self.params)
 
+    @property
+    def entries(self) -> Mapping[str, Tensor]:
+        """None: they are what they are everywhere."""
+        return {}
+
     @cached_property
     def bytes_per_direction(self) -> int:
         return sum(value.numel() * value.element_size() for value in self.params.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -43,17 +43,44 @@ class DirectionGradient(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         family = self.directions
         site = family.sites[name]
+        if name in family.entries:
+            entries, values = self.read(name)
+            whole = values.new_zeros(site.shape)
+            return whole.index_copy_(0, entries, values)
         if self._weighted is not None and site.rank <= 1 and not site.long:
             return self._at_once(site, *self._weighted)
         dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
-        coefficients, total = self._wide[dtype], None
-        for chunk in family.chunks(name, family.count):
-            factors = family.factors(name, chunk)
+        total = self._summed(site, dtype, site.shape, lambda ids: family.factors(name, ids))
+        return total.view(site.shape)
+
+    def read(self, name: str) -> tuple[Tensor, Tensor]:
+        """Of a table: the entries that are read, int64 [k], and the gradient there, [k, n].
+
+        It is zero everywhere else.
+        """
+        family = self.directions
+        site, entries = family.sites[name], family.entries[name]
+        dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
+        shape = torch.Size((len(entries), site.shape[1]))
+        return entries, self._summed(site, dtype, shape, lambda chunk: family.read(name, chunk))
+
+    def _summed(
+        self,
+        site: Site,
+        dtype: torch.dtype,
+        shape: torch.Size,
+        ask: Callable[[slice], LowRank | Tensor],
+    ) -> Tensor:
+        """The sum over directions of what `ask` has of some of them, as [m, n] or `shape`."""
+        family, total = self.directions, None
+        coefficients = self._wide[dtype]
+        for chunk in family.chunks(site.name, family.count):
+            factors = ask(chunk)
             if isinstance(factors, Tensor):
                 flat = factors.to(dtype).reshape(len(factors), -1)
                 if site.scale != 1:
                     flat = flat.sign_() if self._signs else flat.div_(site.scale)
-                part = (coefficients[chunk] @ flat).view(site.shape)
+                part = (coefficients[chunk] @ flat).view(shape)
                 total = part if total is None else total.add_(part)
                 continue
             # [m, directions * rank] and [directions * rank, n]; views where the rank is one.
@@ -66,9 +93,9 @@ class DirectionGradient(Mapping[str, Tensor]):
                 # In place, so that one dense gradient is alive and no second one beside it.
                 total.addmm_(left, right.to(dtype))
         if total is None:
-            return torch.zeros(site.shape, dtype=dtype, device=family.device)
+            return torch.zeros(shape, dtype=dtype, device=family.device)
         size = self._size(site)
-        return (total if size == 1 else total.mul_(size)).view(site.shape)
+        return total if size == 1 else total.mul_(size)
 
     def rounded(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The same in a short dtype, and its squared norm before it is rounded.
@@ -95,7 +122,7 @@ class DirectionGradient(Mapping[str, Tensor]):
                 left = left.transpose(1, 2).flatten(0, 1).T
                 total += self._product(left, factors.right.transpose(1, 2).flatten(0, 1))
             rows.copy_(total.mul_(size))
-            square += torch.dot(total.flatten(), total.flatten())
+            square += squared(total)
         return out.view(site.shape), square
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
@@ -220,11 +247,19 @@ def update_of(gradient: Mapping[str, Tensor], name: str, value: Tensor) -> tuple
     short = value.dtype.itemsize < 4
     if short and isinstance(gradient, DirectionGradient):
         family = gradient.directions
+        if name in family.entries:
+            entries, grad = gradient.read(name)
+            whole = torch.zeros_like(value)
+            return whole.index_copy_(0, entries, grad.to(value.dtype)), squared(grad)
         if family.sites[name].rank and value.numel() > family.piece:
             return gradient.rounded(name, value.dtype)
     grad = gradient[name]
-    square = torch.dot(grad.flatten(), grad.flatten())
-    return grad.to(value.dtype), square
+    return grad.to(value.dtype), squared(grad)
+
+
+def squared(value: Tensor) -> Tensor:
+    """The squared norm."""
+    return torch.dot(value.flatten(), value.flatten())
 
 
 class Summed(Mapping[str, Tensor]):

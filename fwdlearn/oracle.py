@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fwdlearn.batch import Batch
-from fwdlearn.directions import Directions
+from fwdlearn.directions import Directions, ReadParams
 from fwdlearn.engine import Engine
 from fwdlearn.engine.measured import Measured
 from fwdlearn.engine.shifts import Shift
@@ -345,7 +345,8 @@ class ModelOracle:
         self._queries = 0
         self._known: Tensor | None = None
         self._kept: CleanPass | None = None
-        self._params = {name: value.detach() for name, value in engine.params.items()}
+        params = {name: value.detach() for name, value in engine.params.items()}
+        self._params: Mapping[str, Tensor] = ReadParams(params, self._read)
 
     @property
     def params(self) -> Mapping[str, Tensor]:
@@ -408,8 +409,13 @@ class ModelOracle:
     def only(self, names: Collection[str]) -> Self:
         """The same oracle for a step that is about some parameters alone."""
         other = copy.copy(self)
-        other._params = {name: self._params[name] for name in names}
+        other._params = ReadParams({name: self._params[name] for name in names}, self._read)
         return other
+
+    def _read(self) -> Mapping[str, Tensor]:
+        with forbid_backward(), torch.inference_mode():
+            read = self._engine.read(self._batch, self._dropout)
+        return {name: entries.clone() for name, entries in read.items()}
 
     def slopes(
         self, row: Tensor, directions: Directions, direction: Tensor

@@ -38,6 +38,10 @@ class StepOracle(ModelOracle):
         self._before: Carried | None = None
         self._asked: list[Memory] = []
 
+    def _read(self) -> Mapping[str, Tensor]:
+        # Steps of later pieces may look other entries up.
+        return {}
+
     def go_on(self, before: Carried) -> None:
         """Makes the batch a piece of its sequences.
 

@@ -29,7 +29,7 @@ from fwdlearn.engine.through_time import TimeEngine
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
 from fwdlearn.forecast import counted, timed
-from fwdlearn.gradient import ScaledGradient, spread_of, update_of
+from fwdlearn.gradient import ScaledGradient, spread_of
 from fwdlearn.keys import Key
 from fwdlearn.local import learn_locally, local_rows
 from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
@@ -41,6 +41,7 @@ from fwdlearn.resolution import is_still, refuse
 from fwdlearn.signals import check_signals, measured, read
 from fwdlearn.step_oracle import StepOracle
 from fwdlearn.steps import Carried, Sequences, Steps
+from fwdlearn.update import handed
 
 AnyEngine = Engine | Calls | TimeEngine
 
@@ -546,17 +547,16 @@ class Trainer:
         square_norms: dict[str, float] = {}
         for name in names:
             parameter = self.engine.params[name]
-            parameter.grad, found = update_of(estimate.grad, name, parameter)
-            square = float(found)
-            if not math.isfinite(square):
-                parameter.grad = None
-                raise NonFiniteError(
-                    f"the gradient of {name} is not finite; lower the learning rate or raise sigma."
-                )
-            square_norms[name] = square
-            with alike(parameter.dtype in SHORT):
-                self.optimizer.step()
-            parameter.grad = None
+            with handed(self.optimizer, estimate.grad, name, parameter) as found:
+                square = float(found)
+                if not math.isfinite(square):
+                    raise NonFiniteError(
+                        f"the gradient of {name} is not finite; lower the learning rate or raise "
+                        "sigma."
+                    )
+                square_norms[name] = square
+                with alike(parameter.dtype in SHORT):
+                    self.optimizer.step()
         return square_norms
 
     def _answer(self, name: str, find: Callable[[], float]) -> None:

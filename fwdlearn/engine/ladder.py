@@ -8,7 +8,7 @@ on a rung and on the last one, and steps down when they disagree; it says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from fwdlearn.engine.room import Room
 from fwdlearn.engine.rules import RULES
 from fwdlearn.engine.sites import Activations
 from fwdlearn.engine.slopes import Slopes
-from fwdlearn.engine.trace import Recorder, TraceError, Use, compare
+from fwdlearn.engine.trace import Lookups, Recorder, TraceError, Use, compare
 from fwdlearn.engine.watch import Start, Watch, by_mode, by_type
 from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
@@ -104,6 +104,7 @@ class Engine:
         self.events: list[Choice] = []
         self._names = {id(value): name for name, value in self.params.items()}
         self._uses: tuple[Use, ...] = ()
+        self._tables: frozenset[str] = frozenset()
         self._widest = 1
         self._still: tuple[Still, ...] = ()
         self._watch: Watch = by_mode
@@ -258,6 +259,23 @@ class Engine:
         output = self.model(*batch.args, **batch.kwargs)
         return self.row_losses(output, batch), output
 
+    def read(self, batch: Batch, dropout: Key | None = None) -> Mapping[str, Tensor]:
+        """Name of a table -> the entries that rows of the batch look up, int64 [k], ascending.
+
+        A table is a parameter with no other use before or after: what is not looked up has no
+        gradient. Takes a pass over the batch that ends where its tables have been read, like one
+        that memory does not suffice for.
+        """
+        if self.choice is None:
+            self.choose(batch, dropout)
+        if not self._tables:
+            return {}
+        seen = Lookups({id(self.params[name]): name for name in self._tables})
+        row = torch.arange(len(batch), device=batch.device)
+        with masks(dropout if self.model.training else None, row), suppress(Lookups.Known), seen:
+            self.model(*batch.args, **batch.kwargs)
+        return {name: torch.cat(parts).unique() for name, parts in seen.found.items() if parts}
+
     def measure(self, batch: Batch, residual: bool, dropout: Key | None = None) -> Measured:
         """A clean pass over the batch, in its order."""
         dropout = dropout if self.model.training else None
@@ -341,6 +359,7 @@ class Engine:
             recorders.append(recorder)
             visits.append(seen)
         self._uses = compare(*recorders)
+        self._tables = recorders[0].tables & recorders[1].tables
         self._still = stills(*visits)
         self._widest = -(-recorders[1].widest // 3)
 

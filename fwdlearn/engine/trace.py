@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -169,6 +170,9 @@ class Recorder(TorchFunctionMode):
         self.rules = rules
         self.seen: list[_Seen] = []
         self.widest = 0
+        self._tables: set[str] = set()
+        self._others: set[str] = set()
+        self._past = False
 
     def start(self, inputs: Any) -> None:
         """Marks the batch, so that what depends on it can be told from what does not."""
@@ -184,6 +188,7 @@ class Recorder(TorchFunctionMode):
         if not made:
             out = func(*args, **kwargs)
             self._mark(func, args, kwargs, operands, out)
+            self._past |= ends_lookups(func, args, kwargs, out)
             return out
         if func not in self.rules and (inside := opened(func)) is not None:
             with self:
@@ -198,6 +203,7 @@ class Recorder(TorchFunctionMode):
         results = list(tensors(out))
         if not results and name != "__setitem__":
             return out
+        self._count(func, operands, args, kwargs)
         constant = not any(getattr(t, "_fwdlearn_batch", None) is self for t in operands)
         clean = not any(getattr(t, "_fwdlearn_touched", None) is self for t in operands)
         after = [Profile.of(r) for r in results]
@@ -207,6 +213,19 @@ class Recorder(TorchFunctionMode):
             for result in results:
                 result._fwdlearn_made = self  # type: ignore[attr-defined]
         return out
+
+    @property
+    def tables(self) -> frozenset[str]:
+        """Parameters that entries were looked up in before others were used, and nothing else."""
+        return frozenset(self._tables - self._others)
+
+    def _count(self, func: Any, operands: list[Tensor], args: Any, kwargs: Any) -> None:
+        names = {self.names[id(t)] for t in operands if id(t) in self.names}
+        if looks_up(func, args, kwargs) and not self._past:
+            self._tables |= names
+        else:
+            self._others |= names
+            self._past = True
 
     def is_made(self, value: Tensor) -> bool:
         """Whether it is a parameter, or made of parameters alone."""
@@ -234,6 +253,53 @@ class Recorder(TorchFunctionMode):
             result._fwdlearn_batch = self  # type: ignore[attr-defined]
             if touched:
                 result._fwdlearn_touched = self  # type: ignore[attr-defined]
+
+
+def looks_up(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation looks entries up in a table and does nothing else to it."""
+    return func is F.embedding and _argument(args, kwargs, 3) is None
+
+
+def ends_lookups(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> bool:
+    """Whether an operation uses parameters in another way, after which no lookup is counted."""
+    if looks_up(func, args, kwargs) or next(tensors(out), None) is None:
+        return False
+    return any(isinstance(t, nn.Parameter) for t in tensors((args, kwargs)))
+
+
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int) -> Any:
+    """Of `F.embedding`."""
+    name = ("input", "weight", "padding_idx", "max_norm")[place]
+    return args[place] if len(args) > place else kwargs.get(name)
+
+
+class Lookups(TorchFunctionMode):
+    """Notes the entries that a pass looks up in tables, and ends it by `Known` after that.
+
+    Args:
+        tables: id of a table -> its name.
+    """
+
+    class Known(Exception):
+        """All entries have been looked up."""
+
+    def __init__(self, tables: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names = tables
+        self.found: dict[str, list[Tensor]] = {name: [] for name in tables.values()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if looks_up(func, args, kwargs):
+            name = self.names.get(id(_argument(args, kwargs, 1)))
+            if name is not None:
+                self.found[name].append(_argument(args, kwargs, 0).flatten())
+        elif ends_lookups(func, args, kwargs, out):
+            raise self.Known
+        return out
 
 
 def compare(two: Recorder, three: Recorder) -> tuple[Use, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fwdlearn.allocator import Allocator
-from fwdlearn.directions import Directions
+from fwdlearn.directions import Directions, ReadParams
 from fwdlearn.errors import StorageError, UsageError
 from fwdlearn.estimator import Estimate
 from fwdlearn.gradient import DirectionGradient
@@ -274,9 +274,10 @@ def estimate_of(record: Record, header: Mapping[str, Any], trainer: Trainer) -> 
     assert record.coefficients is not None
     made = header["family"]
     params = trainer.engine.params
+    entries = {name: value.to(trainer.device) for name, value in record.entries.items()}
     directions = Directions(
         trainer.step_key(record.step - 1),
-        params,
+        ReadParams(params, lambda: entries),
         len(record.coefficients),
         made["law"],
         made["rank"],
@@ -303,7 +304,7 @@ def record_of(
         trainer: that makes the step.
         stayed: whether the engine is on the rung that it was on before the step.
     """
-    grad, coefficients = estimate.grad, None
+    grad, coefficients, entries = estimate.grad, None, {}
     if header["family"] is not None and is_of(grad, header["family"]):
         assert isinstance(grad, DirectionGradient)
         about, every = grad.directions.params, trainer.engine.params
@@ -311,6 +312,7 @@ def record_of(
         if whole and grad.directions.key == trainer.step_key(at.step - 1):
             # Nothing is lost.
             coefficients = grad.used
+            entries = grad.directions.entries
     lasting = type(trainer.allocator).observe is not Allocator.observe
     alone = coefficients is not None and at.state is None and at.plans is None and not lasting
     info = estimate.info
@@ -322,4 +324,5 @@ def record_of(
         info.get("variance", math.nan),
         alone and stayed,
         coefficients,
+        entries,
     )

@@ -3,13 +3,14 @@
     file    = "FWDLEDG1" length:u32 header hash_0        header: canonical JSON, at most 64 MB
     record  = step:u64 count:u32 queries:u32 nonfinite:u32 loss:f64 variance:f64
               kind:u8 flags:u8 spare:u16 crc:u32          of what stands before it in the record
+              length:u32 entries                          of tables, if flags say so
               coefficients, `count` of them               kind 0 none, 1 float32, 2 float64
               hash_n                                      BLAKE2b-128 of hash_{n-1} and the record
 
-Little-endian; 60 bytes a step beside the coefficients. The running hash makes a changed, dropped,
-repeated, moved or spliced record an error; steps are consecutive beside that. The CRC tells a
-record that was cut short by a crash, which is left out, from one that was damaged, which is
-refused.
+Little-endian; 60 bytes a step beside coefficients and entries, an entry of two bytes or four. The
+running hash makes a changed, dropped, repeated, moved or spliced record an error; steps are
+consecutive beside that. The CRC tells a record that was cut short by a crash, which is left out,
+from one that was damaged, which is refused.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import struct
 import time
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,11 +39,13 @@ _MOST_HEADER = 64 * 2**20
 _LENGTH = struct.Struct("<I")
 _HEAD = struct.Struct("<QIIIddBBH")
 _CRC = struct.Struct("<I")
+_TABLE = struct.Struct("<IB")
 _HASH = 16
 _KINDS = {0: None, 1: torch.float32, 2: torch.float64}
 _SIZES = {0: 0, 1: 4, 2: 8}
-FRESH, ALONE = 0, 1
-"""Flags: nothing; that the coefficients are all that a step was, beside weights and optimizer."""
+FRESH, ALONE, READ = 0, 1, 2
+"""Flags: nothing; that the coefficients are all that a step was, beside weights and optimizer; that
+directions are zero in tables but for some entries."""
 # What is written, and what is made durable, at once: the share of the run's time of each.
 _SHARE = 0.0025
 
@@ -60,6 +63,7 @@ class Record:
             the coefficients tell all of it.
         coefficients: [directions], float32 or float64 as the gradient uses them; None where the
             gradient is no sum of named directions, and the step has to be made again.
+        entries: name of a table -> int64 [k], ascending, outside of which directions are zero.
 
     Numbers may be tensors of one: what they are is only asked for when the record is written.
     """
@@ -71,14 +75,20 @@ class Record:
     variance: float | Tensor
     alone: bool
     coefficients: Tensor | None
+    entries: Mapping[str, Tensor] = field(default_factory=dict)
 
     def body(self) -> bytes:
         """Everything but the running hash."""
         kind, payload, count = 0, b"", 0
+        flags = ALONE if self.alone else FRESH
+        if self.entries:
+            flags |= READ
+            packed = _packed(self.entries)
+            payload = _LENGTH.pack(len(packed)) + packed
         if self.coefficients is not None:
             kind = 2 if self.coefficients.dtype == torch.float64 else 1
             count = len(self.coefficients)
-            payload = self.coefficients.detach().cpu().numpy().tobytes()
+            payload += self.coefficients.detach().cpu().numpy().tobytes()
         head = _HEAD.pack(
             self.step,
             count,
@@ -87,7 +97,7 @@ class Record:
             float(self.loss),
             float(self.variance),
             kind,
-            ALONE if self.alone else FRESH,
+            flags,
             0,
         )
         return head + _CRC.pack(zlib.crc32(head)) + payload
@@ -153,16 +163,15 @@ class Ledger:
             if len(head) < _HEAD.size + _CRC.size:
                 return
             values = _HEAD.unpack_from(head)
-            step, count, kind = values[0], values[1], values[6]
+            step, count, kind, flags = values[0], values[1], *values[6:8]
             if _CRC.unpack_from(head, _HEAD.size)[0] != zlib.crc32(head[: _HEAD.size]):
                 if not any(head) and not any(file.read()):
                     return  # the system made the file longer and had no time to fill it
                 raise self._damaged(start, "is damaged")
             if kind not in _SIZES:
                 raise self._damaged(start, f"is of the unknown kind {kind}")
-            if file.tell() + count * _SIZES[kind] + _HASH > size:
+            if (payload := self._payload(file, size, count * _SIZES[kind], flags)) is None:
                 return
-            payload = file.read(count * _SIZES[kind])
             hashed = file.read(_HASH)
             running = blake2b(running + head + payload, digest_size=_HASH).digest()
             if running != hashed:
@@ -172,6 +181,16 @@ class Ledger:
             if step != self.steps + 1:
                 raise self._damaged(start, f"says that it is of step {step}")
             self._ends.append(file.tell())
+
+    def _payload(self, file: BinaryIO, size: int, length: int, flags: int) -> bytes | None:
+        """What follows the head of a record, or None where the file ends within it."""
+        entries = b""
+        if flags & READ:
+            entries = file.read(_LENGTH.size)
+            if len(entries) < _LENGTH.size:
+                return None
+            length += _LENGTH.unpack(entries)[0]
+        return None if file.tell() + length + _HASH > size else entries + file.read(length)
 
     def _damaged(self, start: int, what: str) -> StorageError:
         return StorageError(
@@ -324,13 +343,39 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], bytes]:
 
 def _parse(body: bytes) -> Record:
     step, count, queries, nonfinite, loss, variance, kind, flags, _ = _HEAD.unpack_from(body)
-    coefficients = None
+    coefficients, entries, start = None, {}, _HEAD.size + _CRC.size
+    if flags & READ:
+        end = start + _LENGTH.size + _LENGTH.unpack_from(body, start)[0]
+        entries = _unpacked(body[start + _LENGTH.size : end])
+        start = end
     dtype = _KINDS[kind]
     if dtype is not None:
         coefficients = torch.empty(count, dtype=dtype)
-        payload = body[_HEAD.size + _CRC.size : -_HASH]
-        coefficients.view(torch.uint8).numpy()[:] = np.frombuffer(payload, np.uint8)
-    return Record(step, queries, nonfinite, loss, variance, bool(flags & ALONE), coefficients)
+        coefficients.view(torch.uint8).numpy()[:] = np.frombuffer(body[start:-_HASH], np.uint8)
+    alone = bool(flags & ALONE)
+    return Record(step, queries, nonfinite, loss, variance, alone, coefficients, entries)
+
+
+def _packed(entries: Mapping[str, Tensor]) -> bytes:
+    """For each table its name, how many entries, the bytes of each, and the steps between them."""
+    parts = []
+    for name, value in sorted(entries.items()):
+        steps = np.diff(value.cpu().numpy(), prepend=0)
+        width = 2 if len(steps) == 0 or steps.max() < 2**16 else 4
+        parts.append(name.encode() + b"\0" + _TABLE.pack(len(steps), width))
+        parts.append(steps.astype(f"<u{width}").tobytes())
+    return b"".join(parts)
+
+
+def _unpacked(left: bytes) -> dict[str, Tensor]:
+    entries = {}
+    while left:
+        name, _, left = left.partition(b"\0")
+        count, width = _TABLE.unpack_from(left)
+        end = _TABLE.size + count * width
+        steps = np.frombuffer(left[_TABLE.size : end], f"<u{width}").astype(np.int64)
+        entries[name.decode()], left = torch.from_numpy(steps.cumsum()), left[end:]
+    return entries
 
 
 def _canonical(header: dict[str, Any]) -> bytes:
