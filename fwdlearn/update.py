@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -49,7 +50,7 @@ def handed(
     parameter.index_copy_(0, entries, some)
 
 
-def _place(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[dict[str, object], int]:
+def _place(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[dict[str, Any], int]:
     """The group that holds a parameter, and where in it."""
     for group in optimizer.param_groups:
         for place, one in enumerate(group["params"]):
@@ -58,7 +59,7 @@ def _place(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[dict[str, obj
     raise AssertionError("the optimizer was asked for its parameters when the trainer was made")
 
 
-def _plain(optimizer: Optimizer, group: Mapping[str, object]) -> bool:
+def _plain(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     """Whether a step changes nothing where the gradient is zero, and keeps nothing of it."""
     return type(optimizer) is SGD and group["momentum"] == 0 and group["weight_decay"] == 0
 
