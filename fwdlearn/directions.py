@@ -405,13 +405,6 @@ class Factors:
 
     def __init__(self, family: Directions, ids: Tensor | slice, together: bool = True) -> None:
         self.family, self.ids, self.together = family, ids, together
-        count = len(range(family.count)[ids]) if isinstance(ids, slice) else len(ids)
-        size = 4 * LAWS[family.law].numbers_per_block * max(1, count)
-        small = family.expanded is not None or family.device.type != "cpu"
-        # Blocks of a page; a family of few numbers has no pages, and a GPU seldom lacks the room.
-        self.page = None if small else _PAGE_BYTES // size or 1
-        if self.page and size * family._blocks(long=False) <= _PAGES * _PAGE_BYTES:
-            self.page = None
         self._pages: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._raws: dict[str, Tensor] = {}
@@ -427,6 +420,18 @@ class Factors:
         first, numbers = (0, self._buffer(site.dtype)) if self.page is None else self._page(site)
         start = (site.start - first) * law.numbers_per_block
         return site.form(numbers[:, start : start + site.numbers])
+
+    @cached_property
+    def page(self) -> int | None:
+        """Blocks of a page; None where few numbers need none, or a GPU has the room for all."""
+        family, ids = self.family, self.ids
+        if family.device.type != "cpu" or family.expanded is not None:
+            return None
+        count = len(range(family.count)[ids]) if isinstance(ids, slice) else len(ids)
+        size = 4 * LAWS[family.law].numbers_per_block * max(1, count)
+        if size * family._blocks(long=False) <= _PAGES * _PAGE_BYTES:
+            return None
+        return max(1, _PAGE_BYTES // size)
 
     def picked(self, name: str, entries: Tensor) -> LowRank:
         """The factors of a matrix with the left one at some of its rows alone.
