@@ -142,7 +142,7 @@ def pretrain(
     data = corpus(file, evaluation_fraction=0.1, tokens=tokens)
     built = transformers(data.info, folder)
     data = data.prepared(built.processor)
-    _descend(built.module, data.train, steps, batch_size, lr, Key.root(seed), tell)
+    descend(built.module, data.train, steps, batch_size, lr, Key.root(seed), tell)
     scores = Scores()
     assert data.evaluation is not None and built.save is not None
     with torch.inference_mode():
@@ -154,7 +154,7 @@ def pretrain(
     return scores.result()
 
 
-def _descend(
+def descend(
     model: nn.Module,
     rows: Dataset,
     steps: int,
@@ -163,6 +163,7 @@ def _descend(
     key: Key,
     tell: Callable[[str], None],
 ) -> None:
+    """Backpropagation with Adam, whose rate falls to nothing along half a cosine."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batch_size = min(batch_size, len(rows))
@@ -179,7 +180,7 @@ def _descend(
         schedule.step()
         losses.append(loss.detach())
         if (step + 1) % max(1, steps // 10) == 0:
-            tell(f"step {step + 1} of {steps}: {torch.stack(losses).mean():.3f} nats a token")
+            tell(f"step {step + 1} of {steps}: {torch.stack(losses).mean():.3f} nats")
             losses = []
 
 
