@@ -213,13 +213,17 @@ class Bench:
                 self.in_place(model, lr, seed, steps)
             else:
                 kind = BaselineTrainer if isinstance(method.estimator, Backpropagation) else Trainer
+                optimizer = method.optimizer(trainable(model), lr)
+                last = 0.0 if self.settings["decay"] else 1.0
+                schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last, steps)
                 kind(
                     model,
                     Data(DataInfo("text", (), 2), self.rows["train"]),
                     cross_entropy,
                     method.estimator,
                     method.allocator(method.directions),
-                    method.optimizer(trainable(model), lr),
+                    optimizer,
+                    schedule=schedule,
                     batch_size=batch,
                     steps=steps,
                     seed=seed,
@@ -279,7 +283,8 @@ class Bench:
                 slope = float(losses[0] - losses[1]) / (2 * sigma)
                 if not math.isfinite(slope):
                     raise NonFiniteError(f"step {step + 1}: the loss is not finite")
-                sweep(number, -lr * slope)
+                now = lr * (1 - step / steps) if self.settings["decay"] else lr
+                sweep(number, -now * slope)
 
     def references(self) -> dict[str, float]:
         """Test accuracy without training: by two prompts, and by a linear probe."""
@@ -388,6 +393,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--layers", type=int, default=1, help="of the encoder that are trained")
     parser.add_argument("--tries", type=int, default=5, help="learning rates of each method")
+    parser.add_argument("--decay", action="store_true", help="learning rates fall to zero")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     asked = parser.parse_args()
@@ -395,7 +401,7 @@ def main() -> None:
         if asked.data is None:
             parser.error("--data FOLDER is needed once, to prepare --carry")
         prepare(asked.carry, asked.data)
-    kept = ("forwards", "batch", "layers", "tries")
+    kept = ("forwards", "batch", "layers", "tries", "decay")
     settings = {name: getattr(asked, name) for name in kept}
     bench = Bench(asked.carry, asked.out, settings)
     references = bench.references()

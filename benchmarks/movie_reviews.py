@@ -613,25 +613,22 @@ def readers(bench: Bench) -> None:
 
 
 def published(bench: Bench) -> None:
-    """The published recipe on the reader, at the queries that the reader takes.
-
-    Its rate is chosen at a quarter of them, on seed 0.
-    """
+    """The published recipe on the reader, at the queries that the reader takes."""
     look = bench.look()
     seen = {name: Seen(look, own) for name, own in bench.rows.items()}
 
-    def go(seed: int, lr: float, steps: int) -> float:
+    def go(seed: int, lr: float) -> float:
         width, means = seen["train"].tokens.shape[2], seen["train"].means.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = Readout(width, means, 2, DETECTORS).to(bench.device)
-        bench.descend_in_place(model, seen, lr, seed, steps, 256, {"part": "reader"})
+        bench.descend_in_place(model, seen, lr, seed, 500, 256, {"part": "reader"})
         loss = float(bench.results[-1]["dev.loss"])
         return loss if loss == loss else float("inf")
 
-    best = min((go(0, lr, 125), lr) for lr in (1e-4, 1e-3, 3e-3, 1e-2, 3e-2))[1]
-    for seed in (0, 1, 2):
-        go(seed, best, 500)
+    best = min((go(0, lr), lr) for lr in (3e-5, 1e-4, 3e-4, 1e-3, 3e-3))[1]
+    for seed in (1, 2):
+        go(seed, best)
 
 
 REACH = {

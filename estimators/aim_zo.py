@@ -14,8 +14,11 @@ of their length, A [m, k] of rank one with signs,
 Symbols: k `width`, Q `bases`. The mean is the smoothed gradient times Q Q^T: its projection on the
 tracked space. What inputs outside that space contribute is left out, nothing where the inputs lie
 in it; the squared error falls with n / k. Parameters that are no layer's matrix, embeddings and
-vectors among them, get directions as in RandomPerturbation, and their part is the smoothed gradient
-itself. |E|^2 is m k where it would be m n: sigma can be larger by the root of n / k.
+vectors among them, and matrices of less than 2 k rows, such as classifiers, get directions as in
+RandomPerturbation, and their part is the smoothed gradient itself. |E|^2 is m k where it would be
+m n, and outputs move as much: what a plain direction does outside the span of the inputs moves
+nothing. So gradient descent with plain directions loses little to it; what counts the entries of
+the estimate, such as Adam, momentum or a cosine, gains.
 
 Tracking: every `refresh` steps, products of random signs at the layers' outputs with the inputs of
 the clean pass that the step takes anyway give 2 k random sums of inputs; with the basis so far,
@@ -128,7 +131,9 @@ class AIMZO(Estimator):
         rows: Tensor,
     ) -> dict[str, Tensor]:
         """Name of a matrix -> [n, k]: directions of its layer's inputs, as long as they are."""
+        # Each row of a matrix gives one sum of inputs; few of them would be no basis.
         sides, layers = matrices(params), {}
+        sides = {name: (m, n) for name, (m, n) in sides.items() if m >= 2 * self.width}
         for site, output in oracle.sites.items():
             ends = (output.shape[:1], output.shape[-1:])
             # An output of a layer for each row of its matrix; an embedding has one a column.

@@ -15,6 +15,9 @@ Over many V it is the gradient of the smoothed loss; all directions of a step ha
 more of them leave that part of the error. A step moves r m numbers of a matrix and no more:
 momentum gathers within a space until it changes.
 
+Matrices with a side of less than 2 r, such as classifiers, get plain directions: of their few rows
+nothing is saved, and their inputs should not be shut into r dimensions.
+
 Differs from the paper in: one-sided against the clean loss, or two-sided; many directions a step,
 private to a row or shared; V V^T has mean one. The factor V is a function of the key that it was
 drawn with, and that key is the state: the release draws it and U from one stream when it measures
@@ -116,7 +119,7 @@ class LOZO(Estimator):
         """Name -> V [n, rank] over the root of the rank."""
         sides = {
             name: params[name].new_zeros(()).expand(n, self.rank)
-            for name, (_, n) in matrices(params).items()
+            for name, (_, n) in matrices(params, 2 * self.rank).items()
         }
         if not sides:
             return {}

@@ -147,7 +147,11 @@ class ShapedFactors(Factors):
             return replace(drawn, right=right.to(drawn.right.dtype))
 
 
-def matrices(params: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Name -> (m, n) of the parameters that can have a basis, trailing dimensions flattened."""
+def matrices(params: Mapping[str, Tensor], least: int = 2) -> dict[str, tuple[int, int]]:
+    """Name -> (m, n) of the parameters that can have a basis, trailing dimensions flattened.
+
+    Args:
+        least: that both sides have, 2 or more.
+    """
     sides = {name: as_matrix(value.shape) for name, value in params.items()}
-    return {name: (m, n) for name, (m, n) in sides.items() if min(m, n) > 1}
+    return {name: (m, n) for name, (m, n) in sides.items() if min(m, n) >= least}
