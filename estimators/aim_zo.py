@@ -16,9 +16,10 @@ tracked space. What inputs outside that space contribute is left out, nothing wh
 in it; the squared error falls with n / k. Parameters that are no layer's matrix, embeddings and
 vectors among them, and matrices of less than 2 k rows, such as classifiers, get directions as in
 RandomPerturbation, and their part is the smoothed gradient itself. |E|^2 is m k where it would be
-m n, and outputs move as much: what a plain direction does outside the span of the inputs moves
-nothing. So gradient descent with plain directions loses little to it; what counts the entries of
-the estimate, such as Adam, momentum or a cosine, gains.
+m n, and the outputs move as much, since what a plain direction does outside the span of the inputs
+moves nothing. So the same learning rate moves a model as far, by a shorter estimate: in the last
+layer of MiniLM, 32 of 384 dimensions hold 0.72 of the squared gradient, and the estimate is 4.4
+times shorter.
 
 Tracking: every `refresh` steps, products of random signs at the layers' outputs with the inputs of
 the clean pass that the step takes anyway give 2 k random sums of inputs; with the basis so far,

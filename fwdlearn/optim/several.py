@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -38,6 +39,11 @@ class Several(torch.optim.Optimizer):
         self.optimizers = tuple(optimizers)
         self.counts = [len(one.param_groups) for one in optimizers]
         super().__init__(groups, {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """torch's own names what a copy takes; this one has more."""
+        own = {"optimizers": self.optimizers, "counts": self.counts}
+        return {**super().__getstate__(), **own}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fwdlearn.errors import FwdlearnError, UsageError
+from fwdlearn.forecast import optimizer_bytes
 from fwdlearn.optim import Several
 from fwdlearn.recipe.build import build
 from fwdlearn.recipe.load import load_recipe
@@ -73,6 +74,14 @@ def test_a_state_that_is_loaded_goes_on() -> None:
     give(again, 1)
     other.step()
     assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
+
+
+def test_what_it_will_keep_is_counted_beforehand() -> None:
+    params = parts()
+    kept = optimizer_bytes(Several(made(params)))
+    # Muon has one moment and Adam two, and a count.
+    assert kept == 4 * (12 + 2 * 3 + 1)
+    assert all(p.grad is None for p in params)
 
 
 def test_a_parameter_belongs_to_one() -> None:
