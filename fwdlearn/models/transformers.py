@@ -23,6 +23,7 @@ from fwdlearn.models.images import ImageProcessor
 from fwdlearn.models.language import LanguageModel
 from fwdlearn.models.location import local_folder
 from fwdlearn.models.lora import ADAPTER, adapt, folded_state, save_adapter
+from fwdlearn.models.peft_adapters import folds, save_with_peft, with_peft
 from fwdlearn.models.pooled import MeanPooled
 from fwdlearn.models.readout import Look, Reader
 
@@ -49,6 +50,7 @@ def transformers(
     lora: int | None = None,
     lora_on: tuple[str, ...] = ("*",),
     lora_alpha: float | None = None,
+    peft: str | None = None,
     seed: int = 0,
 ) -> Built:
     """Loads a pretrained model and gives it a head for the data at hand.
@@ -80,6 +82,8 @@ def transformers(
         lora_on: patterns of the names of the linear layers that get one, inside the model without
             its head.
         lora_alpha: the adapters' product counts this over the rank; None is twice the rank.
+        peft: `adapter_config.json` of any adapter of the library PEFT, or its folder; it and the
+            head are trained. See `fwdlearn.models.peft_adapters`.
         seed: of the new head's and the adapters' weights.
 
     Returns:
@@ -139,6 +143,8 @@ def transformers(
                 if info.kind == "language":
                     module = LanguageModel(module, tokenizer)
                 inner = None if lora is None else _adapted(module, lora, lora_on, lora_alpha)
+                if peft is not None:
+                    module = _with_peft(module, lora, Path(peft), Path(source), info.kind)
     if tokenizer is not None:
         # Tokenizers and models are mixed freely: what the model cannot take is not handed to it.
         known = inspect.signature(forward).parameters
@@ -151,7 +157,9 @@ def transformers(
     def save(target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         with quiet(library):
-            if isinstance(module, MeanPooled | Reader):
+            if peft is not None:
+                _save_peft(module, target)
+            elif isinstance(module, MeanPooled | Reader):
                 module.save_pretrained(target)
             else:
                 own = module.model if isinstance(module, LanguageModel) else module
@@ -191,6 +199,43 @@ def _adapted(
     for name, value in whole.named_parameters():
         value.requires_grad_(name.endswith((".lora_A", ".lora_B")))
     return inner
+
+
+def _with_peft(
+    module: nn.Module, lora: int | None, path: Path, source: Path, kind: str
+) -> nn.Module:
+    """The module with adapters of PEFT in it or around it."""
+    if lora is not None or isinstance(module, Reader):
+        other = "lora" if lora is not None else "head='reader'"
+        raise UsageError(f"transformers(peft=...) and {other} exclude each other; leave one out.")
+    saved = source / ADAPTER
+    host = module
+    if isinstance(module, MeanPooled):
+        host = module.encoder = with_peft(module.encoder, path, "FEATURE_EXTRACTION", (), saved)
+    elif isinstance(module, LanguageModel):
+        host = module.model = with_peft(module.model, path, "CAUSAL_LM", (), saved)
+    if host is not module:
+        if not folds(host.peft_config["default"]):  # type: ignore[union-attr]
+            raise UsageError(
+                "transformers(peft=...): prompts and prefixes of PEFT change how many tokens a "
+                "model answers with; take head='auto' for classes, or adapters of layers."
+            )
+        return module
+    inner: Any = module.base_model
+    own = {id(value) for value in inner.parameters()}
+    parts = module.named_children()
+    heads = [n for n, part in parts if any(id(value) not in own for value in part.parameters())]
+    task = "SEQ_CLS" if kind == "text" else "FEATURE_EXTRACTION"
+    return with_peft(module, path, task, tuple(heads), saved)
+
+
+def _save_peft(module: Any, target: Path) -> None:
+    if isinstance(module, MeanPooled):
+        save_with_peft(module.encoder, target, target / ADAPTER)
+        module.save_head(target)
+    else:
+        own = module.model if isinstance(module, LanguageModel) else module
+        save_with_peft(own, target, target / ADAPTER)
 
 
 def _save_adapter(module: nn.Module, inner: nn.Module, folder: Path, base: str) -> None:
