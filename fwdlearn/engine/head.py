@@ -30,13 +30,15 @@ def by_output(losses: Callable[[Tensor], Tensor], output: Tensor, rows: int, whe
     def along(tangent: Tensor) -> Tensor:
         return torch.func.jvp(losses, (value,), (tangent,))[1]
 
-    slopes, places = [], list(product(*map(range, shape[1:])))
+    slopes = []
+    places: list[tuple[int, ...]] = list(product(*map(range, shape[1:])))
     size = max(1, _AT_ONCE // value.numel())
     for begin in range(0, len(places), size):
         some = places[begin : begin + size]
         tangents = value.new_zeros(len(some), *value.shape)
         for tangent, place in zip(tangents, some, strict=True):
-            where.first(tangent, rows)[:, *place] = 1
+            number: tuple[slice | int, ...] = (slice(None), *place)
+            where.first(tangent, rows)[number] = 1
         slopes.append(_pushed(along, tangents))
     return torch.cat(slopes).T.reshape(shape)
 
