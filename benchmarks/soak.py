@@ -17,7 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -26,6 +25,7 @@ from fwdlearn.ledger.records import Ledger
 from fwdlearn.recipe.load import load_recipe
 from fwdlearn.recipe.run import Interrupted, train
 from fwdlearn.recipe.verify import verify
+from fwdlearn.sinks import Record
 from fwdlearn.sinks.console import Console
 
 RECIPE = """\
@@ -35,7 +35,7 @@ estimator: {name: RandomPerturbation}
 allocator: {name: Uniform, directions: 1, sharing: shared}
 optimizer: {name: SGD, lr: 1e-3}
 """
-_PARTS = 100
+_PARTS = 1000
 
 
 class Watch(Console):
@@ -50,7 +50,7 @@ class Watch(Console):
         self.until = time.monotonic() + seconds
         self.noted: list[tuple[int, int, float]] = []
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         if "train.loss" in record:
             self.noted.append((record["step"], resident(), time.process_time()))
             if time.monotonic() > self.until:
