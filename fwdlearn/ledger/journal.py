@@ -304,7 +304,8 @@ def record_of(
         trainer: that makes the step.
         stayed: whether the engine is on the rung that it was on before the step.
     """
-    grad, coefficients, entries = estimate.grad, None, {}
+    grad, coefficients = estimate.grad, None
+    entries: Mapping[str, Tensor] = {}
     if header["family"] is not None and is_of(grad, header["family"]):
         assert isinstance(grad, DirectionGradient)
         about, every = grad.directions.params, trainer.engine.params

@@ -114,6 +114,25 @@ def test_runs_a_step_on_the_fast_rung(name: str) -> None:
             assert any(norms), type(estimator).__name__
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_short_dtypes_run_there_too(name: str, dtype: torch.dtype) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MODELS[name]().to(dtype).eval()
+    rows = batch(name).to("cpu", dtype)
+    with forbid_backward():
+        engine = Engine(model, cross_entropy)
+        choice = engine.choose(rows)
+        assert choice.rung == "fold", choice.reason
+        oracle = ModelOracle(engine, rows)
+        made, _ = RandomPerturbation(sigma=0.01).estimate(
+            oracle, oracle.params, None, key=Key.root(0), plan=Plan.uniform(4, 2)
+        )
+        norms = [float(made.grad[one].float().norm()) for one in oracle.params]
+    assert all(norm < float("inf") for norm in norms) and any(norms)
+
+
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_fast_rung_is_right(name: str) -> None:
     with torch.random.fork_rng(devices=[]):
