@@ -20,7 +20,7 @@ from fwdlearn.engine.queries import Queries
 from fwdlearn.errors import UsageError
 
 # Bytes of the smallest parameters that are copied for the time of a pass.
-_COPIED_BYTES = 64 * 2**20
+_COPIED_BYTES = 16 * 2**20
 # Numbers of a parameter that are perturbed at once.
 _AT_ONCE = 2**22
 

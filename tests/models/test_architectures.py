@@ -114,7 +114,11 @@ def test_runs_a_step_on_the_fast_rung(name: str) -> None:
             assert any(norms), type(estimator).__name__
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+# The two take the same way; a second a model is enough for everyday.
+SHORT = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("dtype", SHORT)
 @pytest.mark.parametrize("name", list(MODELS))
 def test_short_dtypes_run_there_too(name: str, dtype: torch.dtype) -> None:
     with torch.random.fork_rng(devices=[]):
