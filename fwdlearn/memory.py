@@ -24,7 +24,8 @@ def keep_freed_pages() -> bool:
     glibc hands the pages of large blocks back to the system, and every step then pays for
     thousands of page faults that fill them with zeros again. Kept, they are reused. The peak does
     not change but for fragmentation, a few percent either way; the memory in use between two steps
-    stays near it. Tensors of 64 MiB and more go back to the system. The setting lasts as long as the process.
+    stays near it. Tensors of 64 MiB and more go back to the system. The setting lasts as long as
+    the process.
 
     Returns:
         Whether it was done: not where there is no glibc, nor where MALLOC_TRIM_THRESHOLD_,

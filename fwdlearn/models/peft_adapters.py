@@ -57,7 +57,8 @@ def with_peft(
         kind = json.loads((folder / CONFIG).read_text("utf-8")).get("peft_type")
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False
-        if kind not in _PROMPTS and not folds(config) or getattr(config, "prefix_projection", False):
+        projected = getattr(config, "prefix_projection", False)
+        if projected or (kind not in _PROMPTS and not folds(config)):
             raise UsageError(
                 f"model.peft: of {kind} with a network that makes the prompt, PEFT saves what the "
                 f"network puts out and not the network; choose {' or '.join(_PROMPTS)} without one."
