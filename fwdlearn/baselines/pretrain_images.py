@@ -62,8 +62,8 @@ def write_untrained(
         image_size=side,
         patch_size=patch,
         num_channels=channels,
-        num_labels=info.outputs,
     )
+    config.num_labels = info.outputs
     with quiet(library), weights_from(seed):
         library.ViTForImageClassification(config).save_pretrained(folder)
     processor = {

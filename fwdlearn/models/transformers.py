@@ -209,13 +209,13 @@ def _with_peft(
         other = "lora" if lora is not None else "head='reader'"
         raise UsageError(f"transformers(peft=...) and {other} exclude each other; leave one out.")
     saved = source / ADAPTER
-    host = module
+    host: Any = module
     if isinstance(module, MeanPooled):
         host = module.encoder = with_peft(module.encoder, path, "FEATURE_EXTRACTION", (), saved)
     elif isinstance(module, LanguageModel):
         host = module.model = with_peft(module.model, path, "CAUSAL_LM", (), saved)
     if host is not module:
-        if not folds(host.peft_config["default"]):  # type: ignore[union-attr]
+        if not folds(host.peft_config["default"]):
             raise UsageError(
                 "transformers(peft=...): prompts and prefixes of PEFT change how many tokens a "
                 "model answers with; take head='auto' for classes, or adapters of layers."

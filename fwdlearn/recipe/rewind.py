@@ -54,7 +54,7 @@ def rewind(run: Path, window: int) -> tuple[int, Rebuilt | None]:
     """
     ledger = ledger_of(run)
     begun = ledger.header.get("parent", {"step": 0})["step"]
-    step = max(begun, last_good([record.loss for record in ledger], window))
+    step = max(begun, last_good([float(record.loss) for record in ledger], window))
     kept = [at for at, _ in snapshots.in_folder(run / SNAPSHOTS)]
     told = all(record.coefficients is not None for record in ledger)
     passes = step - max((at for at in kept if at <= step), default=begun)
