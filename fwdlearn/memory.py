@@ -12,9 +12,6 @@ from torch import nn
 
 # Parameters of glibc's mallopt; its environment variables, with which a user decides instead.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# A larger tensor has pages of its own: as large as a large weight, and few operations make one. In
-# the heap, smaller ones would settle in the hole that it leaves, and the next one not fit.
-_OWN_PAGES = 2**26
 _DECIDED = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -24,8 +21,7 @@ def keep_freed_pages() -> bool:
     glibc hands the pages of large blocks back to the system, and every step then pays for
     thousands of page faults that fill them with zeros again. Kept, they are reused. The peak does
     not change but for fragmentation, a few percent either way; the memory in use between two steps
-    stays near it. Tensors of 64 MiB and more go back to the system. The setting lasts as long as
-    the process.
+    stays near it. The setting lasts as long as the process.
 
     Returns:
         Whether it was done: not where there is no glibc, nor where MALLOC_TRIM_THRESHOLD_,
@@ -37,7 +33,7 @@ def keep_freed_pages() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     # Blocks below the threshold come from the heap, which -1 says never to shrink.
-    return bool(libc.mallopt(_MMAP_THRESHOLD, _OWN_PAGES) and libc.mallopt(_TRIM_THRESHOLD, -1))
+    return bool(libc.mallopt(_MMAP_THRESHOLD, 2**30) and libc.mallopt(_TRIM_THRESHOLD, -1))
 
 
 def peak_bytes(device: str) -> int:
