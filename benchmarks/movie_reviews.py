@@ -234,10 +234,17 @@ class Bench:
     """Rows, weights and warm readers on a device."""
 
     def __init__(
-        self, carry: Path, device: str, out: Path, limit: float, tiny: bool, share: float
+        self,
+        carry: Path,
+        device: str,
+        out: Path,
+        limit: float,
+        tiny: bool,
+        share: float,
+        rates: list[float],
     ) -> None:
         self.carry, self.device, self.out, self.tiny = carry, device, out, tiny
-        self.share = share
+        self.share, self.rates = share, rates
         self.until = time.monotonic() + limit
         self.results: list[dict[str, Any]] = []
         self.last: Tensor | None = None
@@ -622,11 +629,12 @@ def published(bench: Bench) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = Readout(width, means, 2, DETECTORS).to(bench.device)
-        bench.descend_in_place(model, seen, lr, seed, 500, 256, {"part": "reader"})
+        steps = int(500 * bench.share)
+        bench.descend_in_place(model, seen, lr, seed, steps, 256, {"part": "reader"})
         loss = float(bench.results[-1]["dev.loss"])
         return loss if loss == loss else float("inf")
 
-    best = min((go(0, lr), lr) for lr in (3e-5, 1e-4, 3e-4, 1e-3, 3e-3))[1]
+    best = min((go(0, lr), lr) for lr in bench.rates)[1]
     for seed in (1, 2):
         go(seed, best)
 
@@ -713,7 +721,9 @@ def main() -> None:
         "--limits", type=float, nargs="+", default=[7200.0], help="seconds of each stage"
     )
     parser.add_argument("--tiny", action="store_true", help="two steps on few rows: a dry run")
-    parser.add_argument("--share", type=float, default=1.0, help="of the steps of `tune`")
+    parser.add_argument("--share", type=float, default=1.0, help="of `tune`'s, `published`'s steps")
+    rates = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+    parser.add_argument("--rates", type=float, nargs="+", default=rates, help="of `published`")
     asked = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -723,7 +733,7 @@ def main() -> None:
             prepare(asked.carry, asked.data)
             continue
         out = asked.out / f"{stage}.json"
-        bench = Bench(asked.carry, asked.device, out, limit, asked.tiny, asked.share)
+        bench = Bench(asked.carry, asked.device, out, limit, asked.tiny, asked.share, asked.rates)
         run = {"readers": readers, "published": published, "parts": parts, "tune": tune}[stage]
         run(bench)
 
