@@ -40,7 +40,7 @@ def notes(results: Results) -> list[str]:
         found += [note for result in results.methods for note in _at_the_edge(result, section.lrs)]
     spread = "mean and standard deviation over seeds" if seeds > 1 else "of one seed"
     found.append(
-        f"{results.measure.capitalize()} at the end: {spread}. Seconds: of the steps, without "
+        f"At the end: {results.measure}, {spread}. Seconds: of the steps, without "
         "evaluations. MiB: most memory in use, by the run's whole process on a CPU, by tensors on "
         "a GPU; more: what of it came on top once model and data were there."
     )
