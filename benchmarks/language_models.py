@@ -45,7 +45,11 @@ ADAPT: dict[str, tuple[list[str], tuple[float, ...]]] = {
         (1e-3, 3e-3),
     ),
     "published recipe": (
-        ["estimator={name: SPSA, sigma: 1e-3, law: gaussian, rank: null}", SHARED, "optimizer=SGD"],
+        [
+            "estimator={name: SPSA, sigma: 1e-3, law: gaussian, rank: null}",
+            SHARED,
+            "optimizer={name: SGD}",
+        ],
         (1e-4, 1e-3),
     ),
     "backpropagation": (["estimator=fwdlearn.baselines:Backpropagation"], (1e-3, 3e-3)),
