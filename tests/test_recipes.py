@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fwdlearn.baselines.pretrain_images import write_untrained
+from fwdlearn.data import DataInfo
 from fwdlearn.recipe.evaluate import evaluate
 from fwdlearn.recipe.load import load_recipe
 from fwdlearn.recipe.locate import shipped
@@ -58,6 +60,14 @@ SHORT = {
         "trainer.batch_size=8",
         "allocator.directions=2",
     ],
+    "vit-transfer": [
+        f"data.path={FASHION}",
+        "model.path=FOLDER/vit",
+        "data.train_rows=64",
+        "data.evaluation_rows=32",
+        "trainer.steps=3",
+        "trainer.batch_size=8",
+    ],
     "delayed-recall": ["trainer.steps=3"],
     "copying-memory": ["trainer.steps=3"],
     "mackey-glass": ["trainer.steps=3"],
@@ -106,6 +116,9 @@ def test_recipe_trains_and_evaluates(name: str, tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text("\n".join(rows) + "\n", "utf-8")
     if "model.path=FOLDER/lm" in SHORT[name]:
         causal_folder(tmp_path / "lm")
+    if "model.path=FOLDER/vit" in SHORT[name]:
+        images = DataInfo("image", (1, 28, 28), 5)
+        write_untrained(tmp_path / "vit", images, patch=7, width=16, layers=1)
     given = [word.replace("FOLDER", str(tmp_path)) for word in SHORT[name]]
     for word in given:
         if word.startswith("data.path=") and not Path(word.partition("=")[2]).exists():
