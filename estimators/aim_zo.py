@@ -118,7 +118,7 @@ class AIMZO(Estimator):
         )
         coefficients = pairs.new_zeros(plan.directions).index_add_(0, plan.direction, pairs)
         grad = DirectionGradient(directions, coefficients)
-        info = {"coef_abs": asked.size, "nonfinite": torch.tensor(asked.nonfinite)}
+        info = asked.info
         made = Estimate(grad, asked.loss, oracle.queries - start, info, asked.rows)
         return made, {"inputs": known, "age": age + 1}
 

@@ -111,7 +111,7 @@ class ApproximateLikelihoodRatio(Estimator):
         exact = {name: differences.weighted(value) for name, value in head.items()}
         gathered = clean.gather(ChainMap(exact, *sums))  # type: ignore[arg-type]
         zeros = {name: torch.zeros_like(value) for name, value in params.items()}
-        info = {"coef_abs": differences.size, "nonfinite": torch.tensor(differences.nonfinite)}
+        info = differences.info
         queries, rows = oracle.queries - start, differences.rows
         return Estimate({**zeros, **gathered}, differences.loss, queries, info, rows), state
 

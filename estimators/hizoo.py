@@ -112,7 +112,7 @@ class HiZOO(Estimator):
                 before = curvature.get(name, found)
                 curvature[name] = self.memory * before + (1 - self.memory) * found
         grad = DirectionGradient(directions, coefficients)
-        info = {"coef_abs": asked.size, "nonfinite": torch.tensor(asked.nonfinite)}
+        info = asked.info
         made = Estimate(grad, asked.loss, oracle.queries - start, info, asked.rows)
         return made, {"curvature": curvature, "looks": looks}
 

@@ -167,7 +167,7 @@ class LikelihoodRatio(Estimator):
         exact = {name: differences.weighted(value) for name, value in head.items()}
         grads.append(clean.gather(ChainMap(exact, *sums)))  # type: ignore[arg-type]
         grads.append({name: torch.zeros_like(value) for name, value in params.items()})
-        info = {"coef_abs": differences.size, "nonfinite": torch.tensor(differences.nonfinite)}
+        info = differences.info
         if plan.sharing == 1 and self.law != "sobol":
             info["variance"] = variance
         grad: Mapping[str, Tensor] = ChainMap(*grads)  # type: ignore[arg-type]

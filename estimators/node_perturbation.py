@@ -111,7 +111,7 @@ class NodePerturbation(Estimator):
             sums.append(NoiseSum(noise, row, number, coefficients[mine], plan.rows))
         grad = clean.gather(ChainMap(*sums))  # type: ignore[arg-type]
         made = {name: grad[name].to(value.dtype) for name, value in params.items()}
-        info = {"coef_abs": differences.size, "nonfinite": torch.tensor(differences.nonfinite)}
+        info = differences.info
         queries, rows = oracle.queries - start, differences.rows
         return Estimate(made, differences.loss, queries, info, rows), state
 

@@ -92,9 +92,10 @@ class Differences:
         return self.weighted(self.clean).sum()
 
     @property
-    def size(self) -> Tensor:
-        """Mean size of the differences over sigma."""
-        return torch.stack(self._sizes).mean() if self._sizes else self.clean.new_zeros(())
+    def info(self) -> dict[str, Tensor]:
+        """`coef_abs` and `nonfinite` of `Estimate.info`; the first where anything was asked."""
+        sizes = {"coef_abs": torch.stack(self._sizes).mean()} if self._sizes else {}
+        return {**sizes, "nonfinite": torch.tensor(self.nonfinite)}
 
     @property
     def rows(self) -> dict[str, Tensor]:

@@ -11,11 +11,7 @@ from torch import nn
 
 from fwdlearn.allocators import Uniform
 from fwdlearn.errors import UsageError
-from fwdlearn.estimators import (
-    SPSA,
-    NodePerturbation,
-    RandomPerturbation,
-)
+from fwdlearn.estimators import SPSA, LikelihoodRatio, NodePerturbation, RandomPerturbation
 from fwdlearn.models import mlp
 from fwdlearn.objectives import zero_one
 from tests.ledger.parts import Short
@@ -91,3 +87,21 @@ def test_an_output_that_depends_on_nothing() -> None:
 
     with pytest.raises(UsageError, match="its output does not depend on what is perturbed"):
         trainer(Deaf(), rung="sequential").train()
+
+
+def test_an_exact_head_alone_is_not_lost_noise() -> None:
+    """Where the head is all there is to train, nothing gets noise and nothing is missing."""
+    model = mlp(tiny().info, hidden=(8,), seed=0).module
+    for parameter in [*model.parameters()][:-2]:
+        parameter.requires_grad_(False)
+    run = trainer(model, estimator=LikelihoodRatio(), steps=3)
+    batch = run.batch(0)
+    loss = run.objective(model(*batch.args), batch.targets).mean()
+    expected = torch.autograd.grad(loss, [*run.engine.params.values()])
+    estimate = run.estimate()
+    found = tuple(estimate.grad[name] for name in run.engine.params)
+    torch.testing.assert_close(found, expected)
+    assert estimate.queries == len(batch)
+    before = weights(model)
+    run.train()
+    assert not torch.equal(weights(model), before)
