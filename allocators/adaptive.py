@@ -97,7 +97,7 @@ class AdaptiveDirections(Allocator):
             )
 
     @property
-    def signals(self) -> frozenset[str]:  # type: ignore[override]
+    def signals(self) -> frozenset[str]:
         return frozenset() if self.signal is None else frozenset({self.signal})
 
     def init(self) -> Any:

@@ -73,7 +73,7 @@ class _Learned(Allocator):
             raise ValueError(f"{owner}(rate=...) must not be negative, got {self.rate!r}.")
 
     @property
-    def reweights(self) -> bool:  # type: ignore[override]
+    def reweights(self) -> bool:
         return self.pooled
 
     def init(self) -> Any:

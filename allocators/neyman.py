@@ -74,7 +74,7 @@ class Neyman(Allocator):
             raise ValueError(f"Neyman(memory=...) must lie in [0, 1), got {self.memory!r}.")
 
     @property
-    def signals(self) -> frozenset[str]:  # type: ignore[override]
+    def signals(self) -> frozenset[str]:
         return frozenset({"example" if self.signal == "running" else self.signal})
 
     def init(self) -> Any:

@@ -46,7 +46,6 @@ from torch import Tensor
 from fwdlearn.allocator import Plan
 from fwdlearn.differences import Differences
 from fwdlearn.estimator import Estimate, Estimator, Traits
-from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 from fwdlearn.noise import NoiseSum, SiteNoise
 from fwdlearn.oracle import ActivationOracle, CleanPass
@@ -113,13 +112,8 @@ class AIMZO(Estimator):
             known = {**known, **self._tracked(oracle, clean, params, known, key.fold("look"), rows)}
         directions = ShapedDirections(key, params, plan.directions, bases=bases)
         asked = Differences("AIMZO", self.sigma, "clean", losses, plan)
-        pairs = asked.coefficients(
-            lambda row, number, scale: oracle.losses(row, directions, number, scale)
-        )
-        coefficients = pairs.new_zeros(plan.directions).index_add_(0, plan.direction, pairs)
-        grad = DirectionGradient(directions, coefficients)
-        info = asked.info
-        made = Estimate(grad, asked.loss, oracle.queries - start, info, asked.rows)
+        grad = asked.along(oracle, directions)
+        made = Estimate(grad, asked.loss, oracle.queries - start, asked.info, asked.rows)
         return made, {"inputs": known, "age": age + 1}
 
     def _tracked(

@@ -37,7 +37,6 @@ from fwdlearn.allocator import Plan
 from fwdlearn.differences import Differences
 from fwdlearn.directions import Directions
 from fwdlearn.estimator import Estimate, Estimator, Traits
-from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 from fwdlearn.oracle import LossOracle
 from fwdlearn.shaped import ShapedDirections
@@ -96,10 +95,7 @@ class HiZOO(Estimator):
         rows = torch.arange(plan.rows, device=plan.row.device)
         clean = oracle.losses(rows).double()
         asked = Differences("HiZOO", self.sigma, "clean", clean, plan)
-        pairs = asked.coefficients(
-            lambda row, number, scale: oracle.losses(row, directions, number, scale)
-        )
-        coefficients = pairs.new_zeros(plan.directions).index_add_(0, plan.direction, pairs)
+        grad = asked.along(oracle, directions)
         curvature, looks = dict(state["curvature"]), dict(state["looks"])
         for probe in range(self.probes):
             # The tensor that has been looked at least; the first of those.
@@ -111,9 +107,7 @@ class HiZOO(Estimator):
             if found is not None:
                 before = curvature.get(name, found)
                 curvature[name] = self.memory * before + (1 - self.memory) * found
-        grad = DirectionGradient(directions, coefficients)
-        info = asked.info
-        made = Estimate(grad, asked.loss, oracle.queries - start, info, asked.rows)
+        made = Estimate(grad, asked.loss, oracle.queries - start, asked.info, asked.rows)
         return made, {"curvature": curvature, "looks": looks}
 
     def _bend(

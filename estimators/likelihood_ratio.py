@@ -42,7 +42,6 @@ from fwdlearn.differences import BASELINES, Differences
 from fwdlearn.directions import Directions
 from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate, Estimator, Traits
-from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 from fwdlearn.noise import LAWS, Noise, NoiseSum, Output, SiteNoise
 from fwdlearn.oracle import ActivationOracle
@@ -152,11 +151,8 @@ class LikelihoodRatio(Estimator):
             perturbed = {name: params[name] for name in own}
             rank = 1 if self.law == "rademacher" else None
             family = Directions(key, perturbed, plan.directions, self.law, rank)
-            coefficients = differences.coefficients(partial(_on_weights, oracle, family))
-            along = variance.new_zeros(plan.directions)
-            along.index_add_(0, plan.direction, coefficients)
-            grads.append(moved := DirectionGradient(family, along))
-            variance += (along.square() * (moved.square_norms() - 1)).sum()
+            grads.append(moved := differences.along(oracle, family))
+            variance += (moved.coefficients.square() * (moved.square_norms() - 1)).sum()
         sums = []
         for names in _parted(layers, self.blocks):
             noise = self._noise(key, sites, plan, sizes, names)
@@ -262,9 +258,3 @@ def _on_outputs(
     oracle: ActivationOracle, noise: Noise, row: Tensor, number: Tensor, scale: Tensor
 ) -> Tensor:
     return oracle.noisy_losses(row, noise, number, scale)
-
-
-def _on_weights(
-    oracle: ActivationOracle, family: Directions, row: Tensor, number: Tensor, scale: Tensor
-) -> Tensor:
-    return oracle.losses(row, family, number, scale)

@@ -39,7 +39,6 @@ from fwdlearn.allocator import Plan
 from fwdlearn.differences import Differences
 from fwdlearn.directions import Directions, check_law
 from fwdlearn.estimator import Estimate, Estimator, Traits
-from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 from fwdlearn.oracle import LossOracle
 from fwdlearn.shaped import ShapedDirections, matrices
@@ -106,13 +105,8 @@ class LOZO(Estimator):
         directions = ShapedDirections(key, params, plan.directions, self.law, mixed, bases=bases)
         clean = oracle.losses(torch.arange(plan.rows, device=plan.row.device))
         asked = Differences("LOZO", self.sigma, self.baseline, clean, plan)
-        pairs = asked.coefficients(
-            lambda row, number, scale: oracle.losses(row, directions, number, scale)
-        )
-        coefficients = pairs.new_zeros(plan.directions).index_add_(0, plan.direction, pairs)
-        grad = DirectionGradient(directions, coefficients)
-        info = asked.info
-        made = Estimate(grad, asked.loss, oracle.queries - start, info, asked.rows)
+        grad = asked.along(oracle, directions)
+        made = Estimate(grad, asked.loss, oracle.queries - start, asked.info, asked.rows)
         return made, {**state, "age": state["age"] + 1}
 
     def _bases(self, key: Key, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -111,9 +111,8 @@ class NodePerturbation(Estimator):
             sums.append(NoiseSum(noise, row, number, coefficients[mine], plan.rows))
         grad = clean.gather(ChainMap(*sums))  # type: ignore[arg-type]
         made = {name: grad[name].to(value.dtype) for name, value in params.items()}
-        info = differences.info
         queries, rows = oracle.queries - start, differences.rows
-        return Estimate(made, differences.loss, queries, info, rows), state
+        return Estimate(made, differences.loss, queries, differences.info, rows), state
 
     def _noises(
         self, oracle: ActivationOracle, key: Key, plan: Plan

@@ -301,15 +301,23 @@ class Allocator(ABC):
     depend on the losses which they weigh bias the estimate.
 
     Attributes:
-        signals: names of the per-row signals that it reads (see `fwdlearn.signals`); a class
-            attribute, or a property where settings decide.
         directions: mean number of directions a row, in the first step where that changes.
-        reweights: whether its plans change the objective, as `Plan.pooled` does.
     """
 
-    signals: frozenset[str] = frozenset()
     directions: int
-    reweights: bool = False
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """Names of the per-row signals that it reads (see `fwdlearn.signals`).
+
+        A class attribute, or a property where settings decide; `reweights` likewise.
+        """
+        return frozenset()
+
+    @property
+    def reweights(self) -> bool:
+        """Whether its plans change the objective, as `Plan.pooled` does."""
+        return False
 
     def init(self) -> State:
         """The state before the first step."""

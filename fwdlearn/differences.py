@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from fwdlearn.allocator import Plan
+from fwdlearn.directions import Directions
 from fwdlearn.errors import UsageError
+from fwdlearn.gradient import DirectionGradient
+from fwdlearn.oracle import LossOracle
 
 BASELINES = ("clean", "leave-one-out", "antithetic")
 
@@ -75,6 +78,14 @@ class Differences:
         self._sizes.append(slopes.abs().mean())
         self._squares.append(plan.square_slopes(slopes, weight, least))
         return weight * slopes
+
+    def along(self, oracle: LossOracle, directions: Directions) -> DirectionGradient:
+        """The gradient from losses along directions of the weights."""
+        pairs = self.coefficients(
+            lambda row, number, scale: oracle.losses(row, directions, number, scale)
+        )
+        sums = pairs.new_zeros(self.plan.directions)
+        return DirectionGradient(directions, sums.index_add_(0, self.plan.direction, pairs))
 
     def weighted(self, values: Tensor) -> Tensor:
         """Values of rows, [rows, ...], times the rows' weights; 0 where the loss is not finite."""
