@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Self
 
 from torch import Tensor
@@ -74,6 +76,16 @@ class Estimate:
     queries: int
     info: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def figures(self) -> tuple[float, float, int]:
+        """`loss`, `variance` (nan if not given) and `nonfinite` (0), read off the device once."""
+        variance, nonfinite = self.info.get("variance"), self.info.get("nonfinite")
+        return (
+            float(self.loss),
+            math.nan if variance is None else float(variance),
+            0 if nonfinite is None else int(nonfinite),
+        )
 
 
 class Estimator(ABC):

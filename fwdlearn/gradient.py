@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -12,6 +12,11 @@ from torch import Tensor
 
 from fwdlearn.directions import LAWS, Directions, LowRank, Site
 from fwdlearn.errors import UsageError
+
+
+def used_in(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype of the coefficients of directions in tensors of `dtypes`."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 class DirectionGradient(Mapping[str, Tensor]):
@@ -148,8 +153,7 @@ class DirectionGradient(Mapping[str, Tensor]):
     @cached_property
     def used(self) -> Tensor:
         """[directions]: the coefficients in the widest dtype that a sum runs in."""
-        wide = any(site.dtype is torch.float64 for site in self.directions.sites.values())
-        dtype = torch.float64 if wide else torch.float32
+        dtype = used_in(site.dtype for site in self.directions.sites.values())
         return self.coefficients.to(self.directions.device, dtype)
 
     @property

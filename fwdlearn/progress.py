@@ -31,11 +31,12 @@ class Window:
     def add(self, estimate: Estimate, square_norm: float, seconds: float) -> None:
         info = estimate.info
         self.steps += 1
-        self.loss += float(estimate.loss)
+        loss, variance, nonfinite = estimate.figures
+        self.loss += loss
         self.square_norm += square_norm
-        self.variance += float(info.get("variance", math.nan))
+        self.variance += variance
         self.queries += estimate.queries
-        self.nonfinite += int(info.get("nonfinite", 0))
+        self.nonfinite += nonfinite
         self.seconds += seconds
         self.told = {name: float(info[name]) for name in info if name not in RESERVED}
 

@@ -82,8 +82,8 @@ class _Step:
         """What the allocator is told."""
         made = self.estimate
         rows = {name: value.detach().cpu() for name, value in made.rows.items()}
-        variance = float(made.info.get("variance", math.nan))
-        return Feedback(float(made.loss), sum(square_norms.values()), square_norms, variance, rows)
+        loss, variance, _ = made.figures
+        return Feedback(loss, sum(square_norms.values()), square_norms, variance, rows)
 
 
 class Trainer:
@@ -433,7 +433,7 @@ class Trainer:
     def _advance(self, at: Progress, made: _Step, started: float) -> None:
         """Everything that an estimate changes."""
         if at.step == 1:
-            at.first = float(made.estimate.loss)
+            at.first = made.estimate.figures[0]
         square_norms = self._update(made.estimate, made.names)
         feedback = made.feedback(square_norms)
         if made.plan is not None:
@@ -475,11 +475,10 @@ class Trainer:
         if plan.block is not None:
             estimate = _counted(estimate, plan.block)
         self._answer("tangents", lambda: int(estimate.info.get("tangents", plan.directions)))
-        if not torch.isfinite(estimate.loss):
-            raise NonFiniteError(
-                f"step {step + 1}: the loss is {float(estimate.loss)}; lower the learning rate."
-            )
         estimate = replace(estimate, queries=oracle.queries)
+        loss = estimate.figures[0]
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"step {step + 1}: the loss is {loss}; lower the learning rate.")
         return _Step(estimate, plan, signals, tuple(oracle.params)), state, plans
 
     def _engine(self, model: nn.Module) -> Callable[..., AnyEngine]:

@@ -96,14 +96,6 @@ def family(grad: Mapping[str, Tensor]) -> dict[str, Any] | None:
     return {"law": made.law, "rank": made.rank, "scales": scales}
 
 
-def is_of(grad: Mapping[str, Tensor], known: Mapping[str, Any]) -> bool:
-    """Whether the directions of a gradient are those of a family; asked for at every step."""
-    if type(grad) is not DirectionGradient or type(grad.directions) is not Directions:
-        return False
-    made = grad.directions
-    return (made.law, made.rank, made.scales) == (known["law"], known["rank"], known["scales"])
-
-
 @dataclass(frozen=True)
 class Difference:
     """How two beginnings differ.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +17,12 @@ from fwdlearn.allocator import Allocator
 from fwdlearn.directions import Directions, ReadParams
 from fwdlearn.errors import StorageError, UsageError
 from fwdlearn.estimator import Estimate
-from fwdlearn.gradient import DirectionGradient
+from fwdlearn.gradient import DirectionGradient, used_in
 from fwdlearn.ledger import snapshots
 from fwdlearn.ledger.files import storing
 from fwdlearn.ledger.forking import Parent, adopt
-from fwdlearn.ledger.header import beginning, family, is_of, tensors_of, unlike
-from fwdlearn.ledger.records import Ledger, LedgerWriter, Record, same
+from fwdlearn.ledger.header import beginning, family, tensors_of, unlike
+from fwdlearn.ledger.records import Ledger, LedgerWriter, Record, packed
 from fwdlearn.ledger.state import State, held, put_back, unpacked
 from fwdlearn.progress import Journal, Progress
 
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from fwdlearn.trainer import Trainer
 
 LEDGER, SNAPSHOTS, PARENT = "ledger.bin", "snapshots", "parent.safetensors"
-# How many times what it costs passes between two snapshots.
-_COSTS = 50
+# How many times what it costs passes between two snapshots, and between two writes of records.
+_COSTS, _WRITES = 50, 200
+# Records that wait to be written.
+_MOST = 100
 
 
 class Lines(Protocol):
@@ -79,6 +81,8 @@ class RunJournal(Journal):
         self._header: dict[str, Any] = {}
         self._due = math.inf
         self._tried = False
+        self._waiting: list[Taken] = []
+        self._write_due = 0.0
 
     def resume(self, trainer: Trainer, at: Progress) -> Progress:
         """See `Journal.resume`.
@@ -140,17 +144,29 @@ class RunJournal(Journal):
         if self._writer is None:
             self._header["family"] = family(estimate.grad)
             self._writer = LedgerWriter.create(self.folder / LEDGER, self._header)
-        record = record_of(at, estimate, self._header, trainer, stayed)
+        made = taken(at, estimate, trainer, stayed)
         if self._ledger is not None and at.step <= self._ledger.steps:
             known = self._ledger.record(at.step)
             # A step from the ledger may say of itself that it stayed where it was.
-            if known.alone or same(known, record):
+            form = form_of(self._header, trainer)
+            if known.alone or known.body() == body_of(made, form):
                 return
             self._replace_from(self._ledger, at.step)
-        self._writer.append(record)
-        if at.step % trainer.log_every == 0:
-            # A record of metrics is about to be told of it.
-            self._writer.flush()
+        self._waiting.append(made)
+        # A record of metrics is about to be told of it.
+        told = at.step % trainer.log_every == 0
+        if told or len(self._waiting) == _MOST or time.monotonic() >= self._write_due:
+            self._write()
+
+    def _write(self) -> None:
+        """Writes the records that wait. If that fails they are lost, and the file is as it was."""
+        assert self._writer is not None
+        begun, waiting = time.monotonic(), self._waiting
+        self._waiting = []
+        form = form_of(self._header, self._trainer)
+        self._writer.append(*[body_of(one, form) for one in waiting])
+        now = time.monotonic()
+        self._write_due = now + _WRITES * (now - begun)
 
     def stepped(self, at: Progress) -> None:
         """See `Journal.stepped`."""
@@ -168,8 +184,9 @@ class RunJournal(Journal):
 
     def snapshot(self, at: Progress) -> None:
         """Stores all that the run holds now, and what it rests on first."""
-        assert self._writer is not None
         begun = time.monotonic()
+        self._write()
+        assert self._writer is not None
         self._writer.sync()
         position = self.metrics.sync() if self.metrics is not None else 0
         state = held(self._trainer, at)
@@ -199,10 +216,11 @@ class RunJournal(Journal):
     def close(self) -> None:
         """Makes the ledger durable."""
         if self._writer is not None:
-            writer, self._writer = self._writer, None
             try:
-                writer.sync()
+                self._write()
+                self._writer.sync()
             finally:
+                writer, self._writer = self._writer, None
                 writer.close()
 
     def _newest(self, ledger: Ledger) -> State | None:
@@ -292,38 +310,90 @@ def estimate_of(record: Record, header: Mapping[str, Any], trainer: Trainer) -> 
     return Estimate(DirectionGradient(directions, coefficients), loss, record.queries, info)
 
 
-def record_of(
-    at: Progress, estimate: Estimate, header: Mapping[str, Any], trainer: Trainer, stayed: bool
-) -> Record:
-    """The record of the step `at.step`.
+class Taken(NamedTuple):
+    """What the record of a step is made of: quickly taken, and little to keep.
+
+    Args:
+        step: from 1.
+        queries: of the estimate.
+        figures: of the estimate.
+        fresh: whether nothing but weights and optimizer lasts to the next step.
+        coefficients: along which the gradient is a sum, or None.
+        named: whether the directions are those of the step's key, in every parameter.
+        law, rank, scales: of them.
+        entries: of tables, outside of which they are zero.
+    """
+
+    step: int
+    queries: int
+    figures: tuple[float, float, int]
+    fresh: bool
+    coefficients: Tensor | None = None
+    named: bool = False
+    law: str = ""
+    rank: int | None = None
+    scales: Mapping[str, float] | None = None
+    entries: Mapping[str, Tensor] = {}
+
+
+def taken(at: Progress, estimate: Estimate, trainer: Trainer, stayed: bool) -> Taken:
+    """Of the step `at.step`.
 
     Args:
         at: with the states after the estimate.
         estimate: of the step.
-        header: of the ledger.
         trainer: that makes the step.
         stayed: whether the engine is on the rung that it was on before the step.
     """
-    grad, coefficients = estimate.grad, None
-    entries: Mapping[str, Tensor] = {}
-    if header["family"] is not None and is_of(grad, header["family"]):
-        assert isinstance(grad, DirectionGradient)
-        about, every = grad.directions.params, trainer.engine.params
-        whole = about is every or about.keys() == every.keys()
-        if whole and grad.directions.key == trainer.step_key(at.step - 1):
-            # Nothing is lost.
-            coefficients = grad.used
-            entries = grad.directions.entries
+    fresh = stayed and at.state is None and at.plans is None
+    begin = (at.step, estimate.queries, estimate.figures, fresh)
+    grad = estimate.grad
+    if type(grad) is not DirectionGradient or type(made := grad.directions) is not Directions:
+        return Taken(*begin)
+    about, every = made.params, trainer.engine.params
+    named = about is every or about.keys() == every.keys()
+    # Asked for here, where the trainer still knows it.
+    named = named and made.key == trainer.step_key(at.step - 1)
+    family = made.law, made.rank, made.scales
+    return Taken(*begin, grad.coefficients, named, *family, made.entries)
+
+
+class Form(NamedTuple):
+    """What a ledger and its trainer say of every record.
+
+    Args:
+        family: of the directions whose coefficients tell a gradient.
+        dtype: that they are used in.
+        lasting: whether the allocator is told of steps.
+    """
+
+    family: Mapping[str, Any] | None
+    dtype: torch.dtype
+    lasting: bool
+
+
+def form_of(header: Mapping[str, Any], trainer: Trainer) -> Form:
+    """Of the records of a ledger with that header."""
+    dtype = used_in(value.dtype for value in trainer.engine.params.values())
     lasting = type(trainer.allocator).observe is not Allocator.observe
-    alone = coefficients is not None and at.state is None and at.plans is None and not lasting
-    info = estimate.info
-    return Record(
-        at.step,
-        estimate.queries,
-        info.get("nonfinite", 0),
-        estimate.loss,
-        info.get("variance", math.nan),
-        alone and stayed,
+    return Form(header["family"], dtype, lasting)
+
+
+def body_of(made: Taken, form: Form) -> bytes:
+    """The record, as a ledger of that form has it."""
+    coefficients = None
+    if made.named and form.family is not None and made.coefficients is not None:
+        if {"law": made.law, "rank": made.rank, "scales": made.scales} == form.family:
+            # Nothing is lost.
+            coefficients = made.coefficients.to("cpu", form.dtype)
+    loss, variance, nonfinite = made.figures
+    return packed(
+        made.step,
+        made.queries,
+        nonfinite,
+        loss,
+        variance,
+        coefficients is not None and made.fresh and not form.lasting,
         coefficients,
-        entries,
+        made.entries if coefficients is not None else {},
     )

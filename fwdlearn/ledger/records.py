@@ -46,8 +46,8 @@ _SIZES = {0: 0, 1: 4, 2: 8}
 FRESH, ALONE, READ = 0, 1, 2
 """Flags: nothing; that the coefficients are all that a step was, beside weights and optimizer; that
 directions are zero in tables but for some entries."""
-# What is written, and what is made durable, at once: the share of the run's time of each.
-_SHARE = 0.0025
+# Of the run's time, what waiting for the disk may take.
+_SHARE = 0.001
 
 
 @dataclass(frozen=True)
@@ -64,43 +64,54 @@ class Record:
         coefficients: [directions], float32 or float64 as the gradient uses them; None where the
             gradient is no sum of named directions, and the step has to be made again.
         entries: name of a table -> int64 [k], ascending, outside of which directions are zero.
-
-    Numbers may be tensors of one: what they are is only asked for when the record is written.
     """
 
     step: int
     queries: int
-    nonfinite: int | Tensor
-    loss: float | Tensor
-    variance: float | Tensor
+    nonfinite: int
+    loss: float
+    variance: float
     alone: bool
     coefficients: Tensor | None
     entries: Mapping[str, Tensor] = field(default_factory=dict)
 
     def body(self) -> bytes:
         """Everything but the running hash."""
-        kind, payload, count = 0, b"", 0
-        flags = ALONE if self.alone else FRESH
-        if self.entries:
-            flags |= READ
-            packed = _packed(self.entries)
-            payload = _LENGTH.pack(len(packed)) + packed
-        if self.coefficients is not None:
-            kind = 2 if self.coefficients.dtype == torch.float64 else 1
-            count = len(self.coefficients)
-            payload += self.coefficients.detach().cpu().numpy().tobytes()
-        head = _HEAD.pack(
+        return packed(
             self.step,
-            count,
             self.queries,
-            int(self.nonfinite),
-            float(self.loss),
-            float(self.variance),
-            kind,
-            flags,
-            0,
+            self.nonfinite,
+            self.loss,
+            self.variance,
+            self.alone,
+            self.coefficients,
+            self.entries,
         )
-        return head + _CRC.pack(zlib.crc32(head)) + payload
+
+
+def packed(
+    step: int,
+    queries: int,
+    nonfinite: int,
+    loss: float,
+    variance: float,
+    alone: bool,
+    coefficients: Tensor | None,
+    entries: Mapping[str, Tensor],
+) -> bytes:
+    """The body of a `Record`, which need not be made for it."""
+    kind, payload, count = 0, b"", 0
+    flags = ALONE if alone else FRESH
+    if entries:
+        flags |= READ
+        tables = _packed(entries)
+        payload = _LENGTH.pack(len(tables)) + tables
+    if coefficients is not None:
+        kind = 2 if coefficients.dtype is torch.float64 else 1
+        count = len(coefficients)
+        payload += coefficients.numpy(force=True).tobytes()
+    head = _HEAD.pack(step, count, queries, nonfinite, loss, variance, kind, flags, 0)
+    return head + _CRC.pack(zlib.crc32(head)) + payload
 
 
 class Ledger:
@@ -202,12 +213,10 @@ class Ledger:
 class LedgerWriter:
     """Appends records.
 
-    A record survives the end of the process once it is written, which is done at once, before its
-    step changes anything, where that takes less than a four-hundredth of the time since it was done
-    last, and otherwise as soon as it would: together with those of the steps that follow. It also
-    survives the end of the system once it is synced, by the same rule. What a step changes is in
-    memory, and nothing that outlives the process may be told of it before `flush`, or kept of it
-    before `sync`: then what may be lost is computed again, and nobody can tell.
+    A record survives the end of the process once it is written. It also survives the end of the
+    system once it is synced, which is waited for as often as takes a thousandth of the run's time.
+    What a step changes is in memory, and nothing that outlives the system may be kept of it before
+    `sync`: then what may be lost is computed again, and nobody can tell.
 
     Args:
         path: a ledger.
@@ -217,8 +226,7 @@ class LedgerWriter:
 
     def __init__(self, path: Path, end: int, running: bytes) -> None:
         self.path, self.end, self.running = path, end, running
-        self._waiting: list[Record] = []
-        self._write_due = self._sync_due = 0.0
+        self._sync_due = 0.0
         with storing(path):
             self._handle = os.open(path, os.O_RDWR)
             os.ftruncate(self._handle, end)
@@ -242,61 +250,46 @@ class LedgerWriter:
             replace_file(path, lambda file: file.write(content))
         return cls(path, len(content), running)
 
-    def append(self, record: Record) -> None:
-        """Takes a record; see the class for when it is written.
+    def append(self, *bodies: bytes) -> None:
+        """Writes records.
+
+        Args:
+            bodies: of `Record.body` or `packed`, in order.
 
         Raises:
-            StorageError: those that wait are lost; the file ends where it ended before.
+            StorageError: the file ends where it ended before.
         """
-        self._waiting.append(record)
-        if time.monotonic() >= self._write_due:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes every record so far.
-
-        Raises:
-            StorageError: as `append`.
-        """
-        begun, running, parts = time.monotonic(), self.running, []
-        for record in self._waiting:
-            body = record.body()
+        running, parts = self.running, []
+        for body in bodies:
             running = blake2b(running + body, digest_size=_HASH).digest()
             parts += [body, running]
-        self._waiting.clear()
         data = left = b"".join(parts)
-        with storing(self.path):
-            try:
-                while left:
-                    left = left[os.write(self._handle, left) :]
-                self._write_due = _later(begun)
-                if begun >= self._sync_due:
-                    self._sync()
-            except OSError:
-                self._cut()
+        try:
+            while left:
+                left = left[os.write(self._handle, left) :]
+            if time.monotonic() >= self._sync_due:
+                self._sync()
+        except OSError:
+            self._cut()
+            with storing(self.path):
                 raise
         self.end += len(data)
         self.running = running
 
     def sync(self) -> None:
-        """Writes every record so far, and makes it durable."""
-        self.flush()
+        """Makes every record durable."""
         with storing(self.path):
             self._sync()
 
     def close(self) -> None:
-        """Writes what waits, and lets the file go."""
-        if self._handle is not None:
-            try:
-                self.flush()
-            finally:
-                os.close(self._handle)
-                self._handle = None  # type: ignore[assignment]
+        """Lets the file go."""
+        os.close(self._handle)
 
     def _sync(self) -> None:
         begun = time.monotonic()
         os.fsync(self._handle)
-        self._sync_due = _later(begun)
+        now = time.monotonic()
+        self._sync_due = now + (now - begun) * (1 / _SHARE - 1)
 
     def _cut(self) -> None:
         try:
@@ -304,12 +297,6 @@ class LedgerWriter:
             os.lseek(self._handle, self.end, os.SEEK_SET)
         except OSError:
             pass  # the reader leaves out a record that was cut short
-
-
-def _later(begun: float) -> float:
-    """When what was begun then and is done now may be done again."""
-    now = time.monotonic()
-    return now + (now - begun) * (1 / _SHARE - 1)
 
 
 def same(one: Record, other: Record) -> bool:

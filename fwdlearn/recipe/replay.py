@@ -15,12 +15,14 @@ from fwdlearn.ledger.header import beginning, machine, moved, unlike
 from fwdlearn.ledger.journal import (
     LEDGER,
     SNAPSHOTS,
+    body_of,
     estimate_of,
+    form_of,
     parent_state,
-    record_of,
+    taken,
     warm,
 )
-from fwdlearn.ledger.records import Ledger, same
+from fwdlearn.ledger.records import Ledger
 from fwdlearn.ledger.state import State, put_back
 from fwdlearn.progress import Journal, Progress
 from fwdlearn.recipe.build import Assembly, assemble
@@ -167,8 +169,8 @@ class _Past(Journal):
             return
         self.made += 1
         known = self.ledger.record(at.step)
-        found = record_of(at, estimate, self.ledger.header, self.trainer, known.alone)
-        if not same(known, found):
+        made = taken(at, estimate, self.trainer, known.alone)
+        if known.body() != body_of(made, form_of(self.ledger.header, self.trainer)):
             raise StorageError(
                 f"step {at.step} comes out otherwise than its record says: its gradient is no sum "
                 "of coefficients, so it has to be made again, and here it rounds otherwise. Replay "

@@ -26,7 +26,7 @@ def _written(path: Path, steps: int = 12) -> list[Record]:
     records = [_record(step) for step in range(1, steps + 1)]
     writer = LedgerWriter.create(path, HEADER)
     for record in records:
-        writer.append(record)
+        writer.append(record.body())
     writer.close()
     return records
 
@@ -42,7 +42,7 @@ def test_what_was_written_comes_back(tmp_path: Path) -> None:
 def test_sixty_bytes_a_step(tmp_path: Path) -> None:
     writer = LedgerWriter.create(tmp_path / "ledger.bin", HEADER)
     begin = writer.end
-    writer.append(Record(1, 8, 0, 1.0, 1.0, True, torch.zeros(10)))
+    writer.append(Record(1, 8, 0, 1.0, 1.0, True, torch.zeros(10)).body())
     assert writer.end - begin == 60 + 4 * 10
 
 
@@ -58,7 +58,7 @@ def test_writing_goes_on_after_a_record_that_was_cut_short(tmp_path: Path) -> No
         writer = LedgerWriter(path, ledger.end, ledger.hash(10))
         torch.manual_seed(0)
         for record in [_record(step) for step in range(1, 13)][10:]:
-            writer.append(record)
+            writer.append(record.body())
         writer.close()
         assert path.read_bytes() == whole
 
