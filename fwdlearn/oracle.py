@@ -21,6 +21,7 @@ from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions, ReadParams
 from fwdlearn.engine import Engine
 from fwdlearn.engine.measured import Measured
+from fwdlearn.engine.offload import home_of, on_device
 from fwdlearn.engine.shifts import Shift
 from fwdlearn.errors import BackwardError, UsageError
 from fwdlearn.keys import Key
@@ -33,7 +34,11 @@ class LossOracle(Protocol):
 
     @property
     def params(self) -> Mapping[str, Tensor]:
-        """Name -> trainable tensor, read only."""
+        """Name -> trainable tensor, read only.
+
+        With weights that are offloaded, their shapes, dtypes and device alone: values are not
+        numbers.
+        """
 
     @property
     def rows(self) -> int:
@@ -345,7 +350,8 @@ class ModelOracle:
         self._queries = 0
         self._known: Tensor | None = None
         self._kept: CleanPass | None = None
-        params = {name: value.detach() for name, value in engine.params.items()}
+        self._home = home_of(engine.params)
+        params = on_device(engine.params)
         self._params: Mapping[str, Tensor] = ReadParams(params, self._read)
 
     @property
@@ -413,7 +419,7 @@ class ModelOracle:
         return other
 
     def _read(self) -> Mapping[str, Tensor]:
-        with forbid_backward(), torch.inference_mode():
+        with forbid_backward(), torch.inference_mode(), self._home.passing():
             read = self._engine.read(self._batch, self._dropout)
         return {name: entries.clone() for name, entries in read.items()}
 
@@ -492,7 +498,7 @@ class ModelOracle:
         )
         while True:
             # Nothing stays forbidden while the caller looks at a block.
-            with forbid_backward(), torch.inference_mode():
+            with forbid_backward(), torch.inference_mode(), self._home.passing():
                 block = next(blocks, None)
             if block is None:
                 return
@@ -524,10 +530,11 @@ class ModelOracle:
 
     def _retry(self, run: Callable[[], T]) -> T:
         """Runs passes, in smaller blocks where memory runs out."""
-        return self._engine.room.retry(run)
+        with self._home.passing():
+            return self._engine.room.retry(run)
 
     def _outputs(self) -> Mapping[str, Output]:
-        with forbid_backward(), torch.inference_mode():
+        with forbid_backward(), torch.inference_mode(), self._home.passing():
             return self._engine.activations.outputs(self._batch, self._dropout)
 
 

@@ -101,7 +101,7 @@ class StepOracle(ModelOracle):
         )
         while True:
             # Nothing stays forbidden while the caller looks at a step.
-            with torch.inference_mode(False), forbid_backward():
+            with torch.inference_mode(False), forbid_backward(), self._home.passing():
                 found = next(steps, None)
             if found is None:
                 return
@@ -136,7 +136,7 @@ class StepOracle(ModelOracle):
         return memory
 
     def _surveyed(self) -> Mapping[str, Output]:
-        with torch.inference_mode(False), forbid_backward():
+        with torch.inference_mode(False), forbid_backward(), self._home.passing():
             return self._engine.moments.outputs(self._sequences)
 
     @property

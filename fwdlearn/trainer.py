@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from fwdlearn.data.types import Data, Dataset, passes
 from fwdlearn.engine import Choice, Engine
 from fwdlearn.engine.calls import Calls
 from fwdlearn.engine.footprint import footprint
+from fwdlearn.engine.offload import Offload, Resident, on_device
 from fwdlearn.engine.outputs import output_sum
 from fwdlearn.engine.params import read_only
 from fwdlearn.engine.room import Room
@@ -90,8 +92,8 @@ class Trainer:
     """Trains a model with forward passes only.
 
     Args:
-        model: any module, already on `device`, or a `BlackBox`; its parameters that require a
-            gradient are trained.
+        model: any module, already on `device` unless it is to be offloaded, or a `BlackBox`; its
+            parameters that require a gradient are trained.
         data: training rows, and evaluation rows if there are any.
         objective: (output, targets) -> losses [rows].
         estimator: turns losses into a gradient.
@@ -119,6 +121,9 @@ class Trainer:
         rung: how perturbed passes run: "auto", "fold", "copies" or "sequential".
         memory_budget: bytes that a forward pass of queries may take at its peak.
         compile: whether folded passes run as compiled graphs; slow to start, off by default.
+        offload: where weights and what the optimizer keeps of them lie while the device does not
+            use them: "cpu" for the memory of the host, a folder for files on a disk; None keeps
+            all on the device. Changes no result. See `fwdlearn.engine.offload`.
         divergence: a run has diverged once the mean loss since the last record is above that of
             the first step by more than so many times its size, and 1 at least; positive, or None
             never to look.
@@ -154,6 +159,7 @@ class Trainer:
         rung: str = "auto",
         memory_budget: int | None = None,
         compile: bool = False,
+        offload: str | None = None,
         divergence: float | None = 10.0,
         metrics: Mapping[str, Callable[[Any, Any], float]] | None = None,
         sinks: Sequence[Reporter] = (),
@@ -208,6 +214,7 @@ class Trainer:
         self.evaluation_room = Room()
         self.metrics, self.sinks, self.journal = metrics or {}, sinks, journal or Journal()
         self.key = Key.root(seed)
+        self.home = self._home(offload)
         self.engine: AnyEngine = self._engine(model)(model, objective, rung, memory_budget, compile)
         self.every, self._pieces = every, 1
         if every is not None:
@@ -298,7 +305,7 @@ class Trainer:
             batch = dataset.batch(some).to(self.device)
             return len(some), batch, self.engine.evaluate(batch)
 
-        with self._mode(False), forbid_backward(), torch.inference_mode():
+        with self._plain():
             while len(left):
                 count, batch, (losses, output) = room.retry(passed)
                 scores.add(losses, output, batch.targets)
@@ -339,7 +346,7 @@ class Trainer:
             choice = self._choose()
             # Weights that lie in a mapped file take memory once they are read.
             first_row = torch.zeros(1, dtype=torch.int64, device=self.device)
-            with self._mode(False), forbid_backward(), torch.inference_mode():
+            with self._plain():
                 self.engine.evaluate(self.batch(0).select(first_row))
             # Before anything of full size has run: what is composed below comes on top of it.
             process, so_far = in_use_bytes(self.device), peak_bytes(self.device)
@@ -401,12 +408,12 @@ class Trainer:
         def run(count: int) -> object:
             return self.engine.evaluate(dataset.batch(torch.arange(count) % rows).to(device))
 
-        with self._mode(False), forbid_backward(), torch.inference_mode():
+        with self._plain():
             return footprint(run, device).bytes(rows)
 
     def start(self) -> Progress:
         """Before the first step."""
-        state = self.estimator.init(self.engine.params)
+        state = self.estimator.init(on_device(self.engine.params))
         if self.every is not None:
             state = Pieces(state, Carried())
         return Progress(state, self.allocator.init())
@@ -466,9 +473,10 @@ class Trainer:
         )
         if plan.block is not None:
             oracle = oracle.only(plan.block.names(oracle.params))
-        estimate, state = self.estimator.estimate(
-            oracle, oracle.params, state, key=key, plan=plan.to(self.device)
-        )
+        with self.home.passing():
+            estimate, state = self.estimator.estimate(
+                oracle, oracle.params, state, key=key, plan=plan.to(self.device)
+            )
         if self.every is not None:
             assert isinstance(oracle, StepOracle)
             state = Pieces(state, oracle.carried)
@@ -510,7 +518,7 @@ class Trainer:
             oracle = kind(engine, batch, key.fold("dropout"))
             if plan.block is not None:
                 oracle = oracle.only(plan.block.names(oracle.params))
-            state, asked = estimator.init(self.engine.params), plan.to(self.device)
+            state, asked = estimator.init(oracle.params), plan.to(self.device)
             return estimator.estimate(oracle, oracle.params, state, key=key, plan=asked)[0]
 
         refuse(self.estimator, run)
@@ -530,7 +538,7 @@ class Trainer:
         """Lets modules learn from the rows of a step; the queries that it took."""
         if not self._local_rows:
             return 0
-        with self._mode(False), forbid_backward():
+        with self._mode(False), forbid_backward(), self.home.passing():
             return learn_locally(self.model, self.batch(step))
 
     def _affords(self, at: Progress) -> bool:
@@ -546,7 +554,10 @@ class Trainer:
         square_norms: dict[str, float] = {}
         for name in names:
             parameter = self.engine.params[name]
-            with handed(self.optimizer, estimate.grad, name, parameter) as found:
+            with (
+                self.home.updating(self.optimizer, parameter),
+                handed(self.optimizer, estimate.grad, name, parameter) as found,
+            ):
                 square = float(found)
                 if not math.isfinite(square):
                     raise NonFiniteError(
@@ -605,7 +616,7 @@ class Trainer:
         if self.engine.choice is None:
             if torch.device(self.device).type == "cpu":
                 keep_freed_pages()
-            with forbid_backward(), torch.inference_mode():
+            with forbid_backward(), torch.inference_mode(), self.home.passing():
                 self.engine.choose(self.batch(0), self.key.fold("dropout"))
         assert self.engine.choice is not None
         return self.engine.choice
@@ -651,8 +662,25 @@ class Trainer:
                 "requires_grad to False."
             )
 
+    def _home(self, offload: str | None) -> Resident:
+        """What knows where the weights are."""
+        if offload is None:
+            return Resident()
+        if isinstance(self.model, BlackBox):
+            raise UsageError(
+                "Trainer(offload=...) brings weights to the device, and a black box runs elsewhere; "
+                "leave it out."
+            )
+        return Offload(self.model, self.device, None if offload == "cpu" else offload)
+
     def _mode(self, training: bool) -> Any:
         return _training(self.model, training)
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """Within, plain passes can run in evaluation mode."""
+        with self._mode(False), forbid_backward(), torch.inference_mode(), self.home.passing():
+            yield
 
     def _meta(self) -> dict[str, Any]:
         choice = self._choose()

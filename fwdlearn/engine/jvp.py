@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine.layout import SlopePass
+from fwdlearn.engine.offload import is_offloaded
 from fwdlearn.engine.params import in_place
 from fwdlearn.engine.queries import masks
 from fwdlearn.errors import FwdlearnError
@@ -52,10 +53,11 @@ class Jvp:
         budget: int = 2**28,
     ) -> None:
         self.model, self.row_losses = model, row_losses
-        # With gradients required, torch would build a graph beside.
-        self.params = {name: value.detach() for name, value in params.items()}
+        self.params = dict(params)
         size = sum(value.numel() * value.element_size() for value in params.values())
         self.together = max(1, budget // size)
+        offloaded = any(is_offloaded(value) for value in params.values())
+        self._too_large = size if offloaded and size > budget else 0
         self._ways: Ways = list(_WAYS)
 
     def run(
@@ -67,9 +69,17 @@ class Jvp:
             dropout: names the masks, or None.
 
         Raises:
-            JvpError: an operation has no forward derivative.
+            JvpError: an operation has no forward derivative, or there are tangents of offloaded
+                weights that do not fit into the budget.
         """
+        if self._too_large:
+            raise JvpError(
+                f"it would hold {self._too_large / 2**20:.0f} MiB of weights that are offloaded, "
+                "and tangents as large, on the device"
+            )
         rows = batch.select(some.row)
+        # With gradients required, torch would build a graph beside.
+        held = {name: value.detach() for name, value in self.params.items()}
 
         def losses(*values: Tensor) -> Tensor:
             # What a pass writes into its statistics must not outlive it.
@@ -87,7 +97,7 @@ class Jvp:
 
         def push(*tangents: Tensor) -> Any:
             # A derivative needs memory of its own for every entry; virtual weights have none.
-            primals = tuple(value.contiguous() for value in self.params.values())
+            primals = tuple(value.contiguous() for value in held.values())
             return jvp(losses, primals, tangents)
 
         plain, slopes = None, []
@@ -100,7 +110,7 @@ class Jvp:
                 raise
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 # What fails without derivatives too is not for this rung to explain.
-                losses(*self.params.values())
+                losses(*held.values())
                 raise JvpError(reason(error)) from error
             self._ways = ways
             slopes.append(part)

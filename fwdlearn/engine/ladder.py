@@ -24,6 +24,7 @@ from fwdlearn.engine.activity import ActivitySlopes
 from fwdlearn.engine.blocks import Blocks
 from fwdlearn.engine.choice import Choice
 from fwdlearn.engine.measured import Measured
+from fwdlearn.engine.offload import is_offloaded
 from fwdlearn.engine.outputs import output_sum
 from fwdlearn.engine.params import trainable
 from fwdlearn.engine.prefix import Still, Visits, once, stills
@@ -34,7 +35,7 @@ from fwdlearn.engine.rules import RULES
 from fwdlearn.engine.sites import Activations
 from fwdlearn.engine.slopes import Slopes
 from fwdlearn.engine.trace import Lookups, Recorder, TraceError, Use, compare
-from fwdlearn.engine.watch import Start, Watch, by_mode, by_type
+from fwdlearn.engine.watch import Start, Watch, by_mode, ways
 from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
 from fwdlearn.objectives import per_row
@@ -110,6 +111,11 @@ class Engine:
         self._watch: Watch = by_mode
         self._parts_exact: dict[tuple[str, ...], Slopes] = {}
         self.compiled: Compiled | None = None
+        if compile and any(is_offloaded(value) for value in self.params.values()):
+            raise UsageError(
+                "compile=True makes graphs that hold the weights, and with trainer.offload these "
+                "come and go; leave one of the two out."
+            )
         if compile:
             # Slow to import, and seldom asked for.
             from fwdlearn.engine.compiled import Compiled
@@ -374,15 +380,16 @@ class Engine:
     def _check_fold(self, batch: Batch, dropout: Key | None) -> str:
         """Checks the fold, in the cheap way of watching parameters if that sees them all."""
         self._trace(batch, dropout)
-        if all(type(value) in (Tensor, nn.Parameter) for value in self.params.values()):
+        *cheaper, last = ways(self.params)
+        for way in cheaper:
             try:
-                self._watch = by_type
+                self._watch = way
                 return self._check(batch, dropout, self._fold)
             except FwdlearnError:
                 raise
             except Exception:  # of this way to watch; the other decides
                 pass
-        self._watch = by_mode
+        self._watch = last
         return self._check(batch, dropout, self._fold)
 
     def _check_copies(self, batch: Batch, dropout: Key | None) -> str:

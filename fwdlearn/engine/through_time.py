@@ -35,7 +35,7 @@ from fwdlearn.engine.sites import Activations
 from fwdlearn.engine.step_slopes import StepSlopes
 from fwdlearn.engine.step_trace import Traced, Unrolled, traced
 from fwdlearn.engine.trace import TraceError
-from fwdlearn.engine.watch import Start, Watch, by_mode, by_type
+from fwdlearn.engine.watch import Start, Watch, by_mode, ways
 from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
 from fwdlearn.steps import Memory, Sequences, State
@@ -380,10 +380,8 @@ class TimeEngine:
     def _check(self, sequences: Sequences, dropout: Key | None) -> str:
         """What was found when the fold was compared with the reference; raises TraceError."""
         self.traced(RULES, sequences, dropout)
-        ways: tuple[Watch, ...] = (by_type, by_mode)
-        if not all(type(value) in (Tensor, nn.Parameter) for value in self.params.values()):
-            ways = (by_mode,)
-        for way in ways:
+        found = ways(self.params)
+        for way in found:
             self._watch = way
             try:
                 return self._compared(sequences, dropout)
@@ -391,7 +389,7 @@ class TimeEngine:
                 raise
             except Exception:
                 # Of this way to watch; the other decides.
-                if way is ways[-1]:
+                if way is found[-1]:
                     raise
         raise AssertionError("one of the ways decides")
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fwdlearn.engine.fold import Fold, Rule
+from fwdlearn.engine.offload import is_offloaded
 from fwdlearn.engine.queries import Queries
 from fwdlearn.engine.trace import Use
 
@@ -28,6 +29,15 @@ Watch = Callable[
 ]
 
 _running: ContextVar[Fold] = ContextVar("_running")
+
+
+def ways(params: Mapping[str, Tensor]) -> tuple[Watch, ...]:
+    """The ways to watch parameters, the cheap one first where it can be tried."""
+    plain = all(type(value) in (Tensor, nn.Parameter) for value in params.values())
+    # Tensors that share the storage of parameters do so only where these lie on the device.
+    if plain and not any(is_offloaded(value) for value in params.values()):
+        return by_type, by_mode
+    return (by_mode,)
 
 
 class _Watched(Tensor):

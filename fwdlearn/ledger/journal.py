@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fwdlearn.allocator import Allocator
 from fwdlearn.directions import Directions, ReadParams
+from fwdlearn.engine.offload import on_device
 from fwdlearn.errors import StorageError, UsageError
 from fwdlearn.estimator import Estimate
 from fwdlearn.gradient import DirectionGradient, used_in
@@ -291,7 +292,7 @@ def estimate_of(record: Record, header: Mapping[str, Any], trainer: Trainer) -> 
     """The estimate that a record with coefficients holds."""
     assert record.coefficients is not None
     made = header["family"]
-    params = trainer.engine.params
+    params = on_device(trainer.engine.params)
     entries = {name: value.to(trainer.device) for name, value in record.entries.items()}
     directions = Directions(
         trainer.step_key(record.step - 1),

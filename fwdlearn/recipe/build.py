@@ -59,7 +59,8 @@ def assemble(
     parts = recipe.components
     device = device_of(recipe)
     data, built = loaded or load_parts(recipe)
-    module = built.module.to(device)
+    # Weights that are offloaded need not fit into the device all at once.
+    module = built.module.to(device) if recipe.trainer.offload is None else built.module
     made: dict[str, Any] = {}
     for name in ("objective", "estimator", "allocator"):
         with blaming(recipe, parts[name]):

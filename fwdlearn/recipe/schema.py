@@ -61,6 +61,9 @@ class TrainerSection(_Section):
         default=None, description="bytes that a block of queries may take, or text such as 2 GiB"
     )
     compile: bool = Field(default=False, description="run folded passes as compiled graphs")
+    offload: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="where weights wait for their use: cpu (memory), or a folder"
+    )
     divergence: Annotated[float, Field(gt=0)] | None = Field(
         default=10.0,
         description="a loss so many times its size (1 at least) above the first has diverged",
