@@ -59,6 +59,12 @@ def in_use_bytes(device: str) -> int:
     return peak_bytes(device) if known is None else known
 
 
+def private_bytes() -> int:
+    """The memory in use now that no file stands behind, which the system cannot take back."""
+    known = _status("RssAnon:")
+    return in_use_bytes("cpu") if known is None else known
+
+
 def _status(name: str) -> int | None:
     try:
         lines = Path("/proc/self/status").read_text("utf-8").splitlines()

@@ -22,7 +22,6 @@ from fwdlearn.data.buckets import bucketed
 from fwdlearn.data.types import Data, Dataset, passes
 from fwdlearn.engine import Choice, Engine
 from fwdlearn.engine.calls import Calls
-from fwdlearn.engine.footprint import footprint
 from fwdlearn.engine.offload import Offload, Resident, on_device
 from fwdlearn.engine.outputs import output_sum
 from fwdlearn.engine.params import read_only
@@ -30,7 +29,7 @@ from fwdlearn.engine.room import Room
 from fwdlearn.engine.through_time import TimeEngine
 from fwdlearn.errors import NonFiniteError, UsageError
 from fwdlearn.estimator import Estimate, Estimator
-from fwdlearn.forecast import counted, timed
+from fwdlearn.forecast import foretold
 from fwdlearn.gradient import ScaledGradient, spread_of
 from fwdlearn.keys import Key
 from fwdlearn.local import learn_locally, local_rows
@@ -214,7 +213,7 @@ class Trainer:
         self.evaluation_room = Room()
         self.metrics, self.sinks, self.journal = metrics or {}, sinks, journal or Journal()
         self.key = Key.root(seed)
-        self.home = self._home(offload)
+        self.offload, self.home = offload, self._home(offload)
         self.engine: AnyEngine = self._engine(model)(model, objective, rung, memory_budget, compile)
         self.every, self._pieces = every, 1
         if every is not None:
@@ -305,7 +304,7 @@ class Trainer:
             batch = dataset.batch(some).to(self.device)
             return len(some), batch, self.engine.evaluate(batch)
 
-        with self._plain():
+        with self.plain():
             while len(left):
                 count, batch, (losses, output) = room.retry(passed)
                 scores.add(losses, output, batch.targets)
@@ -329,53 +328,11 @@ class Trainer:
         Returns:
             `rung`, `reason`, `memory_bytes` (at the peak: on a CPU of the whole process),
             `memory_parts` (bytes by what takes them; the last three not at the same time),
-            `queries_per_second` and the counts of a run.
+            `memory_room_bytes` (what there is), `fits`, `offload` (as it is set), `offloaded_bytes`
+            (of weights and what the optimizer keeps of them, elsewhere), `with_offload_bytes` (of a
+            run that has none: the peak if it had), `queries_per_second` and the counts of a run.
         """
-        first = self.allocator.init()
-        state, step, plan = self.start().state, -1, Plan.uniform(1, 1)
-
-        def estimate() -> Estimate:
-            nonlocal step, state, plan
-            step += 1
-            made, state, _ = self._estimate(step, state, first)
-            assert made.plan is not None
-            plan = made.plan
-            return made.estimate
-
-        with self._mode(self.train_mode):
-            choice = self._choose()
-            # Weights that lie in a mapped file take memory once they are read.
-            first_row = torch.zeros(1, dtype=torch.int64, device=self.device)
-            with self._plain():
-                self.engine.evaluate(self.batch(0).select(first_row))
-            # Before anything of full size has run: what is composed below comes on top of it.
-            process, so_far = in_use_bytes(self.device), peak_bytes(self.device)
-            parts = (estimate, self.engine.params, self.optimizer)
-            taken = counted(*parts, torch.device(self.device))
-            speed = timed(*parts)
-        evaluation = self._evaluation_bytes()
-        top = max(taken.peak, evaluation)
-        weights = weights_bytes(self.model)
-        return {
-            "rung": choice.rung,
-            "reason": choice.reason,
-            "memory_bytes": max(so_far, process + taken.optimizer + top),
-            "memory_parts": {
-                "process": process - weights,
-                "weights": weights,
-                "optimizer": taken.optimizer,
-                "estimate": taken.estimate,
-                "update": taken.held + taken.update,
-                "evaluation": evaluation,
-            },
-            "queries_per_second": speed,
-            "queries_per_step": self._cost(first),
-            "rows": self.batch_size,
-            "directions": plan.directions,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "trainable": sum(p.numel() for p in self.engine.params.values()),
-            "steps": self._planned(),
-        }
+        return foretold(self)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step: a pure function of (seed, epoch, step)."""
@@ -397,19 +354,6 @@ class Trainer:
         per_epoch = len(self.data.train) // self.batch_size
         epoch, place = divmod(step, per_epoch)
         return self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
-
-    def _evaluation_bytes(self) -> int:
-        """Of the pass over a batch of evaluation rows, from passes over few of them."""
-        dataset = self.data.evaluation
-        if dataset is None or not len(dataset):
-            return 0
-        device, rows = torch.device(self.device), min(self.evaluation_batch_size, len(dataset))
-
-        def run(count: int) -> object:
-            return self.engine.evaluate(dataset.batch(torch.arange(count) % rows).to(device))
-
-        with self._plain():
-            return footprint(run, device).bytes(rows)
 
     def start(self) -> Progress:
         """Before the first step."""
@@ -616,6 +560,10 @@ class Trainer:
         if self.engine.choice is None:
             if torch.device(self.device).type == "cpu":
                 keep_freed_pages()
+            if self.offload is not None:
+                first = torch.zeros(1, dtype=torch.int64, device=self.device)
+                with self.plain():
+                    self.home.check(self.engine.evaluate(self.batch(0).select(first))[0])
             with forbid_backward(), torch.inference_mode(), self.home.passing():
                 self.engine.choose(self.batch(0), self.key.fold("dropout"))
         assert self.engine.choice is not None
@@ -668,8 +616,8 @@ class Trainer:
             return Resident()
         if isinstance(self.model, BlackBox):
             raise UsageError(
-                "Trainer(offload=...) brings weights to the device, and a black box runs elsewhere; "
-                "leave it out."
+                "Trainer(offload=...) brings weights to the device, and a black box runs "
+                "elsewhere; leave it out."
             )
         return Offload(self.model, self.device, None if offload == "cpu" else offload)
 
@@ -677,7 +625,7 @@ class Trainer:
         return _training(self.model, training)
 
     @contextmanager
-    def _plain(self) -> Iterator[None]:
+    def plain(self) -> Iterator[None]:
         """Within, plain passes can run in evaluation mode."""
         with self._mode(False), forbid_backward(), torch.inference_mode(), self.home.passing():
             yield

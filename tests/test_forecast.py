@@ -43,7 +43,7 @@ def trainer(optimizer: Any = torch.optim.Adam, **settings: Any) -> Trainer:
 
 @pytest.fixture(autouse=True)
 def two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fwdlearn.trainer.timed", partial(timed, seconds=0.0))
+    monkeypatch.setattr("fwdlearn.forecast.timed", partial(timed, seconds=0.0))
 
 
 def parts(run: Trainer) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from fwdlearn.baselines.ridge import Solved
 from fwdlearn.batch import Batch
 from fwdlearn.blackbox import BlackBox
 from fwdlearn.engine import Choice, Engine
+from fwdlearn.engine.offload import Resident
 from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate
 from fwdlearn.keys import Key
@@ -25,6 +26,15 @@ class BaselineTrainer(Trainer):
     def _engine(self, model: nn.Module) -> Callable[..., AnyEngine]:
         # A graph spans all steps of a sequence anyway.
         return super()._engine(model) if isinstance(model, BlackBox) else Engine
+
+    def _home(self, offload: str | None) -> Resident:
+        if offload is not None:
+            raise UsageError(
+                f"Trainer(offload=...): {type(self.estimator).__name__} holds a graph of the whole "
+                "model, weights and all; leave trainer.offload out, or the baseline "
+                "(backprop=false in `fwdlearn compare`)."
+            )
+        return super()._home(offload)
 
     def _oracle(self, batch: Batch, dropout: Key | None = None) -> ReverseOracle:
         if not isinstance(self.engine, Engine):

@@ -37,12 +37,33 @@ def explanation(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         pairs.append(
             ("of it", f"{' + '.join(always)} + the largest of {', '.join(parts.values())}")
         )
+    if "fits" in shown:
+        pairs += _room(shown)
     if "parameters" in shown:
         count = f"{shown.pop('parameters'):,}"
         if "trainable" in shown:
             count += f", {shown.pop('trainable'):,} of them trained"
         pairs.append(("parameters", count))
     return pairs + [(key.replace("_", " "), str(value)) for key, value in shown.items()]
+
+
+def _room(shown: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where weights are and whether all fits; takes the facts that it tells."""
+    device, offload = shown.pop("device"), shown.pop("offload")
+    elsewhere, fits = shown.pop("offloaded_bytes"), shown.pop("fits")
+    room, without = shown.pop("memory_room_bytes"), shown.pop("with_offload_bytes", None)
+    where = f"on {device}"
+    if offload is not None:
+        where = "in host memory" if offload == "cpu" else f"in files in {offload}"
+    if elsewhere:
+        where += f": {size(elsewhere)}, with what the optimizer keeps"
+    pairs = [("weights", where)]
+    if room is not None:
+        pairs.append(("fits", f"{'yes' if fits else 'no'}: there are {size(room)} on {device}"))
+    if not fits and without is not None:
+        way = "trainer.offload=FOLDER" if device == "cpu" else "trainer.offload=cpu"
+        pairs.append(("with offload", f"about {size(without)}: set {way}"))
+    return pairs
 
 
 def size(count: float) -> str:

@@ -23,6 +23,7 @@ from fwdlearn.engine.stores import Folder, Memory, Store
 from fwdlearn.engine.units import whole_units
 from fwdlearn.engine.window import Window
 from fwdlearn.errors import UsageError
+from fwdlearn.memory import private_bytes
 
 # They read of a parameter what its stand-in has too.
 _SIZES = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "element_size"}
@@ -35,6 +36,9 @@ class Resident:
     def passing(self) -> AbstractContextManager[object]:
         """Within, passes can run."""
         return nullcontext()
+
+    def check(self, losses: Tensor) -> None:
+        """Looks at the losses of a first pass."""
 
     def updating(
         self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter
@@ -55,6 +59,7 @@ class Offload(Resident):
 
     Attributes:
         apart: whether the device has copies of its own while it uses weights.
+        before: bytes of the process's own memory when the weights began to move.
 
     Raises:
         UsageError: the model is compiled, or holds weights that are no plain tensors.
@@ -68,9 +73,11 @@ class Offload(Resident):
         self.folder = None if folder is None else Path(folder)
         self.apart = self.device.type != "cpu" or folder is None
         _check(model)
+        self.before = private_bytes()
         self._store: Store = Memory(self.device) if folder is None else Folder(folder)
         self._kept: dict[int, torch.UntypedStorage] = {}
         self._params = list(model.parameters())
+        self._names = {id(value): name for name, value in model.named_parameters()}
         self._hosts: dict[int, Tensor] = {}
         with torch.no_grad():
             for buffer in model.buffers():
@@ -91,9 +98,13 @@ class Offload(Resident):
         """Of the weights."""
         return sum(value.nbytes for value in self._params)
 
+    def on_host(self, device: torch.device) -> bool:
+        """Whether weights lie in the very memory that `device` computes in."""
+        return self.folder is None and device.type == "cpu"
+
     @property
     def window(self) -> int:
-        """Bytes of weights that are on the device at once."""
+        """Bytes of weights that are on the device at once, but where an operation needs more."""
         return self._window.room if self.apart else 0
 
     @contextmanager
@@ -124,9 +135,7 @@ class Offload(Resident):
             self._set(self._hosts)
 
     @contextmanager
-    def updating(
-        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter
-    ) -> Iterator[None]:
+    def updating(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Iterator[None]:
         """Within, a parameter and what an optimizer keeps of it are on the device; both go back."""
         host, before = self._hosts[id(parameter)], dict(_tensors(optimizer, parameter))
         if self.apart:
@@ -147,9 +156,22 @@ class Offload(Resident):
         """What takes the place of a parameter while passes run."""
         return self._stand_ins[id(parameter)]
 
-    def hidden(self) -> list[nn.Parameter]:
-        """Those that no operation has taken so far."""
-        return [p for p in self._params if id(p) not in self._window.seen] if self.apart else []
+    def check(self, losses: Tensor) -> None:
+        """Looks at the losses of a first pass.
+
+        Raises:
+            UsageError: they are no numbers, and there are weights that no operation was seen to
+                take.
+        """
+        if not self.apart or torch.isfinite(losses).all():
+            return
+        hidden = [name for key, name in self._names.items() if key not in self._window.seen]
+        if hidden:
+            raise UsageError(
+                "trainer.offload brings weights to the operations of a model, and none was seen to "
+                f"take {hidden[0]}, though the loss is no number without it; let the model use it "
+                "by functions of torch, or leave trainer.offload out."
+            )
 
     def _set(self, values: Mapping[int, Tensor]) -> None:
         with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -175,7 +197,7 @@ class Offload(Resident):
         if key not in self._kept:
             self._kept[key] = self._store.keep(storage)
         empty = torch.empty(0, dtype=value.dtype)
-        return empty.set_(self._kept[key], value.storage_offset(), value.shape, value.stride())  # type: ignore[call-overload, no-any-return]
+        return empty.set_(self._kept[key], value.storage_offset(), value.shape, value.stride())
 
 
 class _Bringing(TorchFunctionMode):

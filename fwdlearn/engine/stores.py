@@ -83,7 +83,9 @@ class Folder:
                 os.posix_fallocate(handle, 0, size)
             else:
                 os.truncate(handle, size)
-            return UntypedStorage.from_file(name, True, size)
+            mapped = UntypedStorage.from_file(name, True, size)
+            assert isinstance(mapped, UntypedStorage)
+            return mapped
         finally:
             os.close(handle)
             with suppress(OSError):

@@ -19,6 +19,7 @@ from fwdlearn.data.types import passes
 from fwdlearn.engine import trainable
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
 from fwdlearn.local import local_rows
+from fwdlearn.memory import free_bytes, weights_bytes
 from fwdlearn.models import Built
 from fwdlearn.optim import Several
 from fwdlearn.recipe.component import Component
@@ -59,8 +60,9 @@ def assemble(
     parts = recipe.components
     device = device_of(recipe)
     data, built = loaded or load_parts(recipe)
-    # Weights that are offloaded need not fit into the device all at once.
-    module = built.module.to(device) if recipe.trainer.offload is None else built.module
+    module = built.module
+    if recipe.trainer.offload is None:
+        module = _placed(recipe, module, device)
     made: dict[str, Any] = {}
     for name in ("objective", "estimator", "allocator"):
         with blaming(recipe, parts[name]):
@@ -90,6 +92,19 @@ def assemble(
     except (UsageError, MissingError, ValueError, TypeError) as error:
         raise recipe.error([_blame_trainer(error, recipe)]) from error
     return Assembly(trainer, built, data)
+
+
+def _placed(recipe: Recipe, module: nn.Module, device: str) -> nn.Module:
+    """The module on the device, if it has room for it."""
+    needed, room = weights_bytes(module), free_bytes(device)
+    if torch.device(device).type != "cpu" and room is not None and needed > room:
+        message = (
+            f"the model has {needed / 2**30:.1f} GiB of weights, and {device} has "
+            f"{room / 2**30:.1f} GiB free; set trainer.offload=cpu to keep them in host memory, or "
+            "to a folder on a disk (`fwdlearn explain` says what that takes)"
+        )
+        raise recipe.error([Problem(("trainer",), message, "key")])
+    return module.to(device)
 
 
 def load_parts(recipe: Recipe) -> tuple[Data, Built]:

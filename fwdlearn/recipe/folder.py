@@ -130,7 +130,11 @@ def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
 
 def course(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a resolved recipe that decides the course of its run."""
-    return {name: value for name, value in resolved.items() if name not in _BESIDE}
+    found = {name: value for name, value in resolved.items() if name not in _BESIDE}
+    if isinstance(found.get("trainer"), dict):
+        # Where weights lie changes no bit of them.
+        found["trainer"] = {k: v for k, v in found["trainer"].items() if k != "offload"}
+    return found
 
 
 _BESIDE = ("output", "tracking", "compare")

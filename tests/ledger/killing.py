@@ -79,6 +79,9 @@ CASES = {
     "causal-adam": through_time("{name: CausalNodePerturbation}", ADAM),
     "causal-every-momentum": through_time("{name: CausalNodePerturbation}", MOMENTUM, every="5"),
     "perturbation-every-sgd": through_time("{name: RandomPerturbation}", SGD, every="4"),
+    "perturbation-adam-offloaded": recipe("{name: RandomPerturbation}", ADAM).replace(
+        "batch_size: 8,", "batch_size: 8, offload: .,"
+    ),
     "slopes-frank-wolfe": recipe("{name: ForwardGradient}", FRANK_WOLFE),
 }
 
