@@ -27,6 +27,9 @@ _KEEP_BYTES = 256 * 2**20
 _EXPAND_BYTES = 16 * 2**20
 # The same on a GPU, where every operation that is started costs as much as a sweep over these.
 _EXPAND_BYTES_GPU = 512 * 2**20
+# Numbers made at once that are then rounded to a short dtype: blocks of more than a few megabytes
+# come and go, and leave holes in the memory of the process that nothing else fits into.
+_PIECE = 2**20
 # What three passes over the same numbers find again in a cache.
 _CACHE_BYTES = 2**20
 # Numbers of a block that are expanded at once, and how many such pages are kept: all of them would
@@ -290,8 +293,8 @@ class Directions:
 
     @property
     def piece(self) -> int:
-        """Numbers of a gradient in float32 that take no more than expanded directions do."""
-        return self._expand_bytes // 4
+        """Numbers of a gradient that are made at once in float32 before they are rounded."""
+        return _PIECE if self.device.type == "cpu" else _EXPAND_BYTES_GPU // 4
 
     def at(self, ids: Tensor | slice, together: bool = True) -> Factors:
         """Some of the directions, to be asked for all parameters `together` or for a few.

@@ -22,7 +22,7 @@ from fwdlearn.errors import UsageError
 # Bytes of the smallest parameters that are copied for the time of a pass.
 _COPIED_BYTES = 16 * 2**20
 # Numbers of a parameter that are perturbed at once.
-_AT_ONCE = 2**22
+_AT_ONCE = 2**20
 
 
 def run(
@@ -53,7 +53,12 @@ def run(
     for direction, scale, mine in queries.points():
 
         def form(name: str, direction: int = direction, scale: float = scale) -> Tensor:
-            return _perturbed(name, params[name], queries.directions, direction, scale)
+            value = params[name]
+            # To torch what the parameter is. Of any other matrix `linear` makes a copy for each
+            # row where its input is a slice.
+            with torch.inference_mode(False), torch.no_grad():
+                made = _perturbed(name, value, queries.directions, direction, scale)
+            return made if made is value else made.requires_grad_(value.requires_grad)
 
         copy = {name: form(name) for name in params if name not in large}
         if mixing:

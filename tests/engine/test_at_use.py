@@ -11,6 +11,7 @@ from fwdlearn import arithmetic
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine import sequential
+from fwdlearn.engine.at_use import AtUse
 from fwdlearn.engine.footprint import LiveBytes
 from fwdlearn.engine.queries import Queries
 from fwdlearn.gradient import DirectionGradient, update_of
@@ -106,6 +107,7 @@ def test_a_gradient_in_a_short_dtype_is_the_rounded_one(
     law: str, directions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fwdlearn.directions._EXPAND_BYTES", 4000)
+    monkeypatch.setattr("fwdlearn.directions._PIECE", 1000)
     value = torch.zeros(70, 30, dtype=torch.bfloat16)
     family = Directions(Key.root(1), {"w": value}, directions, law, 2, {"w": 0.5})
     coefficients = Key.root(2).uniform(directions) - 0.5
@@ -134,3 +136,24 @@ def test_a_short_sum_in_place_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPa
         pieces, turned = one.clone().add_(other, alpha=-0.3), one.T.clone().T
         turned.add_(other, alpha=-0.3)
     assert torch.equal(whole, pieces) and torch.equal(whole, turned)
+
+
+def test_perturbed_weights_are_to_torch_what_the_parameters_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a weight that needs no gradient, `linear` makes a copy for each row of a sliced input."""
+    seen = []
+
+    class Spy(AtUse):
+        def _seen(self, value: Tensor) -> Tensor:
+            found = super()._seen(value)
+            if found is not value:
+                seen.append((found.requires_grad, found.is_inference()))
+            return found
+
+    monkeypatch.setattr(sequential, "AtUse", Spy)
+    monkeypatch.setattr(sequential, "_COPIED_BYTES", 0)
+    model, queries = parts(Tied)
+    with torch.inference_mode():
+        losses(model, queries)
+    assert seen and set(seen) == {(True, False)}
