@@ -4,9 +4,10 @@
     python -m benchmarks.language_models reward MODEL FOLDER
 
 MODEL is a folder as `python -m fwdlearn.baselines.pretrain` leaves it. `adapt` takes the recipe
-causal-lm to TEXT, at equal queries: exact slopes, one-sided differences, the published recipe (one
-shared Gaussian direction, two sides, SGD) and backpropagation. Each has two learning rates on seed
-0; the one with the lower training loss at the end runs on the other seeds. `reward` takes the
+causal-lm to TEXT, at equal queries, and beside it its last layer alone, exact slopes and one-sided
+differences of all weights, the published recipe (one shared Gaussian direction, two sides, SGD) and
+backpropagation. Each has three learning rates on seed 0; the one with the lowest training loss at
+the end runs on the other seeds. `reward` takes the
 recipe reward to the texts of FOLDER (train.jsonl and validation.jsonl), with what there is without
 it beside: the model as it was, hill climbing in its weights at equal queries, and backpropagation
 of the cross entropy on the tenth of the texts that the reward likes best (20,000 queries). Both
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,6 +28,7 @@ import torch
 from benchmarks.results import write
 from fwdlearn.data.language import SaidRows
 from fwdlearn.data.passages import TokenSequences
+from fwdlearn.errors import NonFiniteError
 from fwdlearn.keys import Key
 from fwdlearn.objectives import cross_entropy, score
 from fwdlearn.oracle import forbid_backward
@@ -38,21 +41,36 @@ RECORD = Path(__file__).parent.parent / "records" / "language-models"
 SEEDS = (0, 1, 2)
 SHARED = "allocator={name: Uniform, directions: 1, sharing: shared}"
 # What differs from the recipe, and learning rates.
+TIED = ["model.untie=false", "~optimizer.groups"]
+HEAD = ["model.train=['model.lm_head.*']", "~optimizer.groups"]
 ADAPT: dict[str, tuple[list[str], tuple[float, ...]]] = {
-    "exact slopes": ([], (1e-3, 3e-3)),
+    "the recipe": ([], (3e-3, 1e-2, 3e-2)),
+    "the layer over the vocabulary alone": (HEAD, (3e-3, 1e-2, 3e-2)),
+    "exact slopes": (
+        [*TIED, "estimator=ForwardGradient", "allocator.directions=8"],
+        (1e-3, 3e-3, 1e-2),
+    ),
     "one-sided differences": (
-        ["estimator={name: RandomPerturbation, sigma: 0.01}", "allocator.directions=16"],
-        (1e-3, 3e-3),
+        [
+            *TIED,
+            "estimator={name: RandomPerturbation, sigma: 0.01}",
+            "allocator.directions=16",
+        ],
+        (1e-3, 3e-3, 1e-2),
     ),
     "published recipe": (
         [
+            *TIED,
             "estimator={name: SPSA, sigma: 1e-3, law: gaussian, rank: null}",
             SHARED,
             "optimizer={name: SGD}",
         ],
-        (1e-4, 1e-3),
+        (3e-5, 1e-4, 3e-4),
     ),
-    "backpropagation": (["estimator=fwdlearn.baselines:Backpropagation"], (1e-3, 3e-3)),
+    "backpropagation": (
+        [*TIED, "estimator=fwdlearn.baselines:Backpropagation"],
+        (3e-3, 1e-2, 3e-2),
+    ),
 }
 
 
@@ -81,7 +99,10 @@ def adapted(model: str, text: str, words: list[str], lr: float, seed: int) -> di
     recipe = load_recipe("causal-lm", [*given, *words, f"optimizer.lr={lr}"])
     trainer = assemble(recipe, [log]).trainer
     begun = trainer.evaluate()["bits"]
-    summary = trainer.train()
+    try:
+        summary = trainer.train()
+    except NonFiniteError:
+        return {"lr": lr, "seed": seed, "before": begun, "training": None}
     return {
         "lr": lr,
         "seed": seed,
@@ -98,7 +119,7 @@ def adapt(model: str, text: str) -> None:
     results: dict[str, Any] = {}
     for name, (words, rates) in ADAPT.items():
         first = [adapted(model, text, words, lr, SEEDS[0]) for lr in rates]
-        best = min(first, key=lambda run: run["training"])
+        best = min(first, key=lambda run: run["training"] or inf)
         runs = [best, *(adapted(model, text, words, best["lr"], seed) for seed in SEEDS[1:])]
         results[name] = {"tried": first, "runs": runs}
         bits = [run["bits"] for run in runs]
@@ -110,7 +131,7 @@ def adapt(model: str, text: str) -> None:
         )
         write(RECORD / "adapt.json", results)
     curves = {name: found["runs"] for name, found in results.items()}
-    begun = results["exact slopes"]["runs"][0]["before"]
+    begun = results["the recipe"]["runs"][0]["before"]
     plot("adapt", curves, "bits a token of the new text", {"as it was": begun})
 
 

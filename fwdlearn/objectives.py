@@ -11,6 +11,7 @@ those without a target of nan (of numbers) or -100 (of classes). Any objective h
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,6 +171,28 @@ def per_row(losses: object, rows: int) -> Tensor:
             "a mean over rows cannot be told apart again."
         )
     return losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+
+def by_formula(objective: Any, output: Any, targets: Tensor) -> Tensor | None:
+    """Derivatives of the losses of rows by their own logits, or None where no formula is known.
+
+    Args:
+        objective: as in a recipe, with its settings.
+        output: logits [rows, classes] or [rows, steps, classes], or an object that has them.
+        targets: as the objective takes them.
+    """
+    settings = objective.keywords if isinstance(objective, partial) else {}
+    if getattr(objective, "func", objective) is not cross_entropy:
+        return None
+    scores = _scores(output, targets)
+    smoothing = settings.get("label_smoothing", 0.0)
+    wanted = torch.full_like(scores, smoothing / scores.shape[-1])
+    place = targets.clamp(min=0).unsqueeze(-1)
+    wanted.scatter_add_(-1, place, torch.full_like(scores[..., :1], 1 - smoothing))
+    slopes = scores.softmax(-1).sub_(wanted)
+    if targets.dim() == 1:
+        return slopes * (targets != NOT_COUNTED).unsqueeze(1)
+    return slopes * step_weights(targets).to(slopes.dtype).unsqueeze(-1)
 
 
 def residual(output: Any, targets: Tensor) -> Tensor:

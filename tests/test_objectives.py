@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from fwdlearn import objectives
 from fwdlearn.batch import Batch
 from fwdlearn.directions import Directions
 from fwdlearn.engine import Engine
+from fwdlearn.engine.head import by_output
+from fwdlearn.engine.trace import Rows
 from fwdlearn.keys import Key
 from fwdlearn.oracle import ModelOracle
 
@@ -103,3 +106,22 @@ def test_what_is_not_counted_has_no_slope() -> None:
             up, down = oracle.losses(*which, 1e-2), oracle.losses(*which, -1e-2)
             torch.testing.assert_close(answers[-1], (up - down) / 2e-2, rtol=1e-2, atol=1e-4)
         torch.testing.assert_close(*answers)
+
+
+SMOOTH = partial(objectives.cross_entropy, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("objective", [objectives.cross_entropy, SMOOTH])
+@pytest.mark.parametrize("targets", [classes(), torch.tensor([4, 0, 2])])
+def test_derivatives_by_formula_are_those_of_forward_mode(objective: Any, targets: Tensor) -> None:
+    output = numbers(*targets.shape, 5)
+    found = objectives.by_formula(objective, output, targets)
+    assert found is not None
+    wanted = by_output(lambda value: objective(value, targets), output, ROWS, Rows(0))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+    assert float(found[0].abs().max()) > 0
+
+
+def test_a_derivative_without_a_formula_is_not_made_up() -> None:
+    for objective in (objectives.zero_one, objectives.mean_squared_error, lambda *_: None):
+        assert objectives.by_formula(objective, numbers(ROWS, 5), torch.zeros(ROWS).long()) is None

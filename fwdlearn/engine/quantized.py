@@ -31,10 +31,17 @@ def is_quantized(value: Tensor) -> bool:
 
     Such are integers, eight-bit floats, and torchao's tensors, which hold either inside.
     """
+    return any(one.dtype not in _FLOATS and not one.is_complex() for one in stored(value))
+
+
+def stored(value: Tensor) -> Iterator[Tensor]:
+    """What lies inside a tensor that is made of others, as torchao's are; else the tensor."""
     flatten = getattr(value, "__tensor_flatten__", None)
     if flatten is None:
-        return value.dtype not in _FLOATS and not value.is_complex()
-    return any(is_quantized(getattr(value, name)) for name in flatten()[0])
+        yield value
+    else:
+        for name in flatten()[0]:
+            yield from stored(getattr(value, name))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
@@ -370,14 +377,19 @@ def _matching(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
     return [name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns)]
 
 
-def _zeros(layer: nn.Module, model: nn.Module) -> nn.Parameter:
-    """What stands for the matrix of a layer."""
+def matrix_dtype(layer: nn.Module, model: nn.Module) -> torch.dtype:
+    """The dtype that a quantised layer computes in."""
     own = [getattr(layer, name, None) for name in ("weight", "bias")]
     near = (t for t in (*own, *model.parameters()) if isinstance(t, Tensor))
     # A quantised tensor names the dtype that it is computed in, unless that is of integers.
-    dtype = next((t.dtype for t in near if t.dtype in _FLOATS), torch.get_default_dtype())
+    return next((t.dtype for t in near if t.dtype in _FLOATS), torch.get_default_dtype())
+
+
+def _zeros(layer: nn.Module, model: nn.Module) -> nn.Parameter:
+    """What stands for the matrix of a layer."""
     held = next(iter((*layer.parameters(), *layer.buffers())), None)
-    zero = torch.zeros((), dtype=dtype, device=None if held is None else held.device)
+    device = None if held is None else held.device
+    zero = torch.zeros((), dtype=matrix_dtype(layer, model), device=device)
     zeros = nn.Parameter(zero.expand(_features(layer)), requires_grad=False)
     zeros._fwdlearn_zeros = True  # type: ignore[attr-defined]
     return zeros

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fwdlearn.engine.quantized import stored
 from fwdlearn.errors import StorageError
 from fwdlearn.ledger.files import replace_file, storing, sync_folder
 
@@ -59,7 +60,7 @@ class Snapshot:
 
 def digest(name: str, tensor: Tensor) -> str:
     """Of a tensor's name, dtype, shape and every byte."""
-    return _digest(name, tensor.dtype, list(tensor.shape), _bytes(tensor))
+    return _digest(name, tensor.dtype, list(tensor.shape), *map(_bytes, stored(tensor)))
 
 
 def write(path: Path, snapshot: Snapshot) -> None:
@@ -186,9 +187,10 @@ def _hashed(text: str) -> str:
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _digest(name: str, dtype: torch.dtype, shape: Any, data: memoryview) -> str:
+def _digest(name: str, dtype: torch.dtype, shape: Any, *data: memoryview) -> str:
     hashed = blake2b(json.dumps([name, str(dtype), shape]).encode(), digest_size=16)
-    hashed.update(data)
+    for one in data:
+        hashed.update(one)
     return hashed.hexdigest()
 
 

@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fwdlearn.engine.quantized import quantized_layers
 from fwdlearn.errors import UsageError
-from fwdlearn.models.lora import folded_state
+from fwdlearn.models.lora import adapters, folded_state
 
 _HEAD = "head.safetensors"
 
@@ -46,7 +47,9 @@ class MeanPooled(nn.Module):
 
     def save_pretrained(self, target: Path) -> None:
         """Writes the encoder for `AutoModel.from_pretrained`, and the classifier beside it."""
-        self.encoder.save_pretrained(target, state_dict=folded_state(self.encoder))
+        state = folded_state(self.encoder) if adapters(self.encoder) else None
+        plain = not quantized_layers(self.encoder)
+        self.encoder.save_pretrained(target, state_dict=state, save_original_format=plain)
         self.save_head(target)
 
     def save_head(self, target: Path) -> None:

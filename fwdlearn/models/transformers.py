@@ -17,6 +17,7 @@ from torch import nn
 
 from fwdlearn.data.passages import LanguageProcessor
 from fwdlearn.data.types import DataInfo
+from fwdlearn.engine.quantized import quantized_layers
 from fwdlearn.errors import FwdlearnError, MissingError, UsageError
 from fwdlearn.models.built import Built, weights_from
 from fwdlearn.models.images import ImageProcessor
@@ -26,6 +27,8 @@ from fwdlearn.models.lora import ADAPTER, adapt, folded_state, save_adapter
 from fwdlearn.models.peft_adapters import folds, save_with_peft, with_peft
 from fwdlearn.models.pooled import MeanPooled
 from fwdlearn.models.readout import Look, Reader
+from fwdlearn.models.scales import train_scales as trained_scales
+from fwdlearn.models.scales import written
 
 _HEADS = {
     "text": "AutoModelForSequenceClassification",
@@ -51,6 +54,8 @@ def transformers(
     lora_on: tuple[str, ...] = ("*",),
     lora_alpha: float | None = None,
     peft: str | None = None,
+    train_scales: tuple[str, ...] | None = None,
+    untie: bool = False,
     seed: int = 0,
 ) -> Built:
     """Loads a pretrained model and gives it a head for the data at hand.
@@ -84,6 +89,12 @@ def transformers(
         lora_alpha: the adapters' product counts this over the rank; None is twice the rank.
         peft: `adapter_config.json` of any adapter of the library PEFT, or its folder; it and the
             head are trained. See `fwdlearn.models.peft_adapters`.
+        train_scales: patterns of the names of quantised layers, inside the model without its head,
+            of which the scales are trained, with the head (see `fwdlearn.models.scales`); `["*"]`
+            is all of them. What is saved is quantised as the model was.
+        untie: whether the layer over the vocabulary of a language model gets weights of its own
+            where it shares those of the embedding. Its gradient is exact with estimators that have
+            noise at outputs, and an embedding's is not.
         seed: of the new head's and the adapters' weights.
 
     Returns:
@@ -102,6 +113,12 @@ def transformers(
     if dtype not in _DTYPES:
         raise UsageError(
             f"transformers(dtype=...) must be one of {', '.join(_DTYPES)}, got {dtype!r}."
+        )
+    others = {"lora": lora, "peft": peft, "head='reader'": head == "reader" or None}
+    other = next((name for name, value in others.items() if value is not None), None)
+    if train_scales is not None and other is not None:
+        raise UsageError(
+            f"transformers(train_scales=...) and {other} exclude each other; leave one out."
         )
     path = str(path)
     folder = local_folder(path)
@@ -140,11 +157,15 @@ def transformers(
                 if head == "reader":
                     module = Reader(Look(module, layer), info.outputs, detectors)
                     module.load_head(Path(source))
+                if untie:
+                    _untie(module, info.kind)
                 if info.kind == "language":
                     module = LanguageModel(module, tokenizer)
                 inner = None if lora is None else _adapted(module, lora, lora_on, lora_alpha)
                 if peft is not None:
                     module = _with_peft(module, lora, Path(peft), Path(source), info.kind)
+                if train_scales is not None:
+                    _with_scales(module, train_scales)
     if tokenizer is not None:
         # Tokenizers and models are mixed freely: what the model cannot take is not handed to it.
         known = inspect.signature(forward).parameters
@@ -160,10 +181,16 @@ def transformers(
             if peft is not None:
                 _save_peft(module, target)
             elif isinstance(module, MeanPooled | Reader):
-                module.save_pretrained(target)
+                with written(module):
+                    module.save_pretrained(target)
             else:
                 own = module.model if isinstance(module, LanguageModel) else module
-                own.save_pretrained(target, state_dict=folded_state(own))
+                # Quantised tensors are taken apart by transformers, which must see them itself, and
+                # cannot bring what it has loaded so back into the form of before.
+                state = None if inner is None else folded_state(own)
+                with written(own):
+                    plain = not quantized_layers(own)
+                    own.save_pretrained(target, state_dict=state, save_original_format=plain)
             if inner is not None:
                 _save_adapter(module, inner, target / ADAPTER, path)
             if tokenizer is not None:
@@ -189,16 +216,30 @@ def _adapted(
             "transformers(lora=...): head='reader' freezes the model; leave lora out, or choose "
             "head='mean' or 'auto'."
         )
-    if isinstance(module, LanguageModel):
-        inner: nn.Module = module.model.base_model
-    else:
-        inner = module.encoder if isinstance(module, MeanPooled) else module.base_model  # type: ignore[assignment]
+    inner = _without_head(module)
     adapt(inner, rank, patterns, alpha)
     # A language model has no head of its own making.
     whole = module if isinstance(module, LanguageModel) else inner
     for name, value in whole.named_parameters():
         value.requires_grad_(name.endswith((".lora_A", ".lora_B")))
     return inner
+
+
+def _without_head(module: Any) -> nn.Module:
+    if isinstance(module, LanguageModel):
+        module = module.model
+    inner: nn.Module = module.encoder if isinstance(module, MeanPooled) else module.base_model
+    return inner
+
+
+def _with_scales(module: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Leaves scales and the head to training."""
+    inner = _without_head(module)
+    new = set(trained_scales(inner, patterns))
+    if isinstance(module, LanguageModel):
+        module.requires_grad_(False)
+    for name, value in inner.named_parameters():
+        value.requires_grad_(name in new)
 
 
 def _with_peft(
@@ -254,6 +295,18 @@ def _save_adapter(module: nn.Module, inner: nn.Module, folder: Path, base: str) 
         if any(id(value) not in own for value in child.parameters())
     )
     save_adapter(module, folder, base, heads)
+
+
+def _untie(module: Any, kind: str) -> None:
+    if kind != "language":
+        raise UsageError(
+            f"transformers(untie=true) is for language models, and data of kind {kind} get a head "
+            "of their own; leave it out."
+        )
+    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        module.config.tie_word_embeddings = False
 
 
 def _mismatch(head: str, kind: str) -> str:

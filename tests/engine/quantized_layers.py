@@ -90,3 +90,49 @@ def dequantized(model: nn.Module) -> nn.Module:
                 plain.bias = child.bias
                 setattr(module, name, plain)
     return model
+
+
+class Int4Linear(nn.Module):
+    """Four bits, two codes to a byte; a scale and a zero point for a group of an output's inputs.
+
+    As GPTQ and AWQ lay them out: `scales` [groups, out_features].
+    """
+
+    def __init__(self, layer: nn.Linear, group: int = 4) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias = layer.bias
+        parts = layer.weight.detach().view(self.out_features, -1, group)
+        low, high = parts.amin(2), parts.amax(2)
+        scales = (high - low) / 15
+        zeros = (-low / scales).round()
+        codes = (
+            (parts / scales[..., None] + zeros[..., None]).round().clamp(0, 15).byte().flatten(1)
+        )
+        self.register_buffer("qweight", codes[:, ::2] | codes[:, 1::2] << 4)
+        self.register_buffer("scales", scales.T.contiguous())
+        self.register_buffer("zeros", zeros.T.byte())
+
+    def dequantized(self) -> Tensor:
+        codes = torch.stack((self.qweight & 15, self.qweight >> 4), 2).flatten(1)
+        parts = codes.view(self.out_features, len(self.scales), -1).to(self.scales.dtype)
+        shifted = parts - self.zeros.T[..., None].to(self.scales.dtype)
+        return (shifted * self.scales.T[..., None]).flatten(1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.dequantized(), self.bias)
+
+
+class BlockLinear(Int8Linear):
+    """A scale for a block of two outputs."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
+        self.scale = self.scale.view(-1, 2).amax(1)
+        codes = layer.weight.detach() / self.scale.repeat_interleave(2)[:, None]
+        self.weight = codes.round().to(torch.int8)
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = self.scale.repeat_interleave(2)
+        out = F.linear(input, self.weight.to(input.dtype)) * scale
+        return out if self.bias is None else out + self.bias

@@ -230,6 +230,41 @@ def test_what_is_saved_loads_with_identical_logits(tmp_path: Path) -> None:
     )  # type: ignore[union-attr]
 
 
+def test_an_untied_head_gets_its_exact_gradient_and_is_saved(tmp_path: Path) -> None:
+    causal_folder(tmp_path / "m")
+    (tmp_path / "t.txt").write_text("It was great. Or terrible, or both? " * 20, "utf-8")
+    data = corpus(tmp_path / "t.txt", tokens=33)
+    head = "model.lm_head.weight"
+    built = transformers(data.info, tmp_path / "m", untie=True, train=(head,))
+    tied = transformers(data.info, tmp_path / "m").module
+    batch = data.prepared(built.processor).train.batch(torch.arange(2))
+    assert torch.equal(built.module(**batch.kwargs), tied(**batch.kwargs))
+    with forbid_backward():
+        oracle = ModelOracle(Engine(built.module, cross_entropy), batch)
+        # 32 tokens of 360: far more numbers than forward derivatives could be taken of.
+        estimate, _ = LikelihoodRatio().estimate(
+            oracle,
+            oracle.params,
+            LikelihoodRatio().init(oracle.params),
+            key=Key.root(0),
+            plan=Plan.uniform(2, 1),
+        )
+    assert estimate.queries == 2
+    cross_entropy(built.module(**batch.kwargs), batch.targets).mean().backward()
+    own = built.module.get_parameter(head)
+    torch.testing.assert_close(estimate.grad[head], own.grad, rtol=1e-4, atol=1e-6)
+    assert own.grad is not None and float(own.grad.norm()) > 0.01
+    with torch.no_grad():
+        own.sub_(own.grad)
+    assert built.save is not None
+    built.save(tmp_path / "out")
+    loaded = transformers(data.info, tmp_path / "out").module
+    assert torch.equal(loaded(**batch.kwargs), built.module(**batch.kwargs))
+    assert not torch.equal(loaded(**batch.kwargs), tied(**batch.kwargs))
+    with pytest.raises(UsageError, match="untie=true.* is for language models, and data of kind"):
+        transformers(DataInfo("text", (), 2), tmp_path / "m", untie=True)
+
+
 def test_adapters_alone_are_trained(tmp_path: Path) -> None:
     causal_folder(tmp_path / "m")
     file = lines(tmp_path / "a.jsonl", {"prompt": "it was", "completion": " great"})
