@@ -45,11 +45,12 @@ import torch
 from torch import Tensor
 
 from fwdlearn.allocator import Plan
-from fwdlearn.directions import Directions, check_law
+from fwdlearn.directions import Directions
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.given import GivenDirections
 from fwdlearn.gradient import DirectionGradient, Summed
 from fwdlearn.keys import Key
+from fwdlearn.laws import check_law
 from fwdlearn.oracle import SlopeOracle, forbid_backward
 from fwdlearn.products import along, gram
 

@@ -37,9 +37,10 @@ from torch import Tensor
 
 from fwdlearn.allocator import Plan
 from fwdlearn.differences import Differences
-from fwdlearn.directions import Directions, check_law
+from fwdlearn.directions import Directions
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.keys import Key
+from fwdlearn.laws import check_law
 from fwdlearn.oracle import LossOracle
 from fwdlearn.shaped import ShapedDirections, matrices
 

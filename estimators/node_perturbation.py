@@ -46,9 +46,9 @@ from torch import Tensor
 
 from fwdlearn.allocator import Plan
 from fwdlearn.differences import Differences
-from fwdlearn.directions import check_law
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.keys import Key
+from fwdlearn.laws import check_law
 from fwdlearn.noise import GivenNoise, NoiseSum, SiteNoise
 from fwdlearn.oracle import ActivationOracle, require_fed
 

@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 
 from fwdlearn.allocator import Plan
-from fwdlearn.directions import Directions, check_law
+from fwdlearn.directions import Directions
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
+from fwdlearn.laws import check_law
 from fwdlearn.oracle import SlopeOracle
 
 

@@ -33,11 +33,12 @@ import torch
 from torch import Tensor
 
 from fwdlearn.allocator import Plan
-from fwdlearn.directions import Directions, check_law, scales_of
+from fwdlearn.directions import Directions, scales_of
 from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
+from fwdlearn.laws import check_law
 from fwdlearn.oracle import LossOracle
 
 

@@ -38,10 +38,11 @@ import torch
 from torch import Tensor
 
 from fwdlearn.allocator import Plan
-from fwdlearn.directions import Directions, check_law
+from fwdlearn.directions import Directions
 from fwdlearn.estimator import Estimate, Estimator, Traits
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
+from fwdlearn.laws import check_law
 from fwdlearn.noise import GivenNoise, NoiseSum, SiteNoise
 from fwdlearn.oracle import TimeOracle, require_fed
 

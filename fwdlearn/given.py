@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fwdlearn.directions import Directions, Factors, LowRank, Site, independent
+from fwdlearn.directions import Directions, independent
 from fwdlearn.errors import UsageError
+from fwdlearn.factors import Factors, LowRank, Site
 from fwdlearn.keys import Key
 
 

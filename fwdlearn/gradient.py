@@ -10,8 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fwdlearn.directions import LAWS, Directions, LowRank, Site
+from fwdlearn.directions import Directions
 from fwdlearn.errors import UsageError
+from fwdlearn.factors import LowRank, Site
+from fwdlearn.laws import LAWS
 
 
 def used_in(dtypes: Iterable[torch.dtype]) -> torch.dtype:

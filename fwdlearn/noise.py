@@ -17,10 +17,10 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from fwdlearn.directions import LAWS as DIRECTION_LAWS
-from fwdlearn.directions import Law
 from fwdlearn.errors import UsageError
 from fwdlearn.keys import Key, stream_id
+from fwdlearn.laws import LAWS as DIRECTION_LAWS
+from fwdlearn.laws import Law
 
 # Random words that are kept between the forward passes and the sum, in bytes.
 _KEEP_BYTES = 64 * 2**20

@@ -16,7 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fwdlearn.directions import Directions, Factors, LowRank, Site, as_matrix
+from fwdlearn.directions import Directions
+from fwdlearn.factors import Factors, LowRank, Site, as_matrix
 
 
 @dataclass(frozen=True)

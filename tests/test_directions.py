@@ -11,8 +11,9 @@ from scipy import stats
 from torch import Tensor
 
 import fwdlearn.directions
-from fwdlearn.directions import Directions, LowRank, scales_of
+from fwdlearn.directions import Directions, scales_of
 from fwdlearn.errors import UsageError
+from fwdlearn.factors import LowRank
 from fwdlearn.gradient import DirectionGradient, summable, thirds
 from fwdlearn.keys import Key
 

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 INTERFACES = {
     f"fwdlearn.{name}"
     for name in (
-        *("estimator", "allocator", "counts", "oracle", "directions", "noise", "given", "products"),
+        *("estimator", "allocator", "counts", "oracle", "directions", "laws", "factors"),
+        *("noise", "given", "products"),
         *(
             "gradient",
             "keys",

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fwdlearn.allocator import Allocator, Block, Plan
 from fwdlearn.counts import divide
-from fwdlearn.directions import Directions, LowRank
+from fwdlearn.directions import Directions
 from fwdlearn.estimator import Estimate, Estimator, Traits
+from fwdlearn.factors import LowRank
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 from fwdlearn.oracle import LossOracle

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fwdlearn.directions import Directions, LowRank
+from fwdlearn.directions import Directions
 from fwdlearn.engine import Engine
 from fwdlearn.errors import UsageError
+from fwdlearn.factors import LowRank
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 from fwdlearn.shaped import ShapedDirections, matrices

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fwdlearn.directions import Directions, LowRank
+from fwdlearn.directions import Directions
 from fwdlearn.engine import trace
 from fwdlearn.engine.tangents import Leaf
 from fwdlearn.engine.trace import Rows, TraceError, Use, tensors
+from fwdlearn.factors import LowRank
 
 Rule = Callable[..., Any]
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fwdlearn.directions import LowRank
 from fwdlearn.engine.queries import Queries
 from fwdlearn.engine.trace import Rows, TraceError, Use, opened, tensors, unchanged
 from fwdlearn.engine.varying import Varying
+from fwdlearn.factors import LowRank
 
 
 class Fold:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fwdlearn.batch import Batch
-from fwdlearn.directions import Directions, LowRank
+from fwdlearn.directions import Directions
 from fwdlearn.engine.at_use import AtUse
 from fwdlearn.engine.params import in_place
 from fwdlearn.engine.queries import Queries
 from fwdlearn.errors import UsageError
+from fwdlearn.factors import LowRank
 
 # Bytes of the smallest parameters that are copied for the time of a pass.
 _COPIED_BYTES = 16 * 2**20

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fwdlearn.directions import LowRank
 from fwdlearn.engine.trace import Rows, TraceError
+from fwdlearn.factors import LowRank
 
 
 @dataclass(frozen=True)

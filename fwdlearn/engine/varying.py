@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fwdlearn.directions import LowRank
+from fwdlearn.factors import LowRank
 
 # Numbers of a point from which a product with one column is faster alone than among others.
 _ALONE = 2**16

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fwdlearn.batch import Batch
-from fwdlearn.directions import Directions, Factors
+from fwdlearn.directions import Directions
 from fwdlearn.engine import Engine, rules
 from fwdlearn.engine.blocks import Blocks
 from fwdlearn.errors import UsageError
+from fwdlearn.factors import Factors
 from fwdlearn.keys import Key
 
 from .models import CASES, Case, built, cross_entropy, series, tokens

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from fwdlearn.allocator import Plan
 from fwdlearn.batch import Batch
-from fwdlearn.directions import LAWS, Directions
+from fwdlearn.directions import Directions
 from fwdlearn.engine import Engine
 from fwdlearn.engine.through_time import TimeEngine
 from fwdlearn.estimator import Estimator
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
+from fwdlearn.laws import LAWS
 from fwdlearn.models.recurrent import Recurrent
 from fwdlearn.objectives import cross_entropy, mean_squared_error
 from fwdlearn.oracle import ModelOracle, TimeOracle

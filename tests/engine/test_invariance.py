@@ -18,10 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fwdlearn.directions import Directions, Factors, LowRank
+from fwdlearn.directions import Directions
 from fwdlearn.engine import Engine
 from fwdlearn.engine.blocks import Blocks
 from fwdlearn.engine.dropout import KeyedDropout
+from fwdlearn.factors import Factors, LowRank
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.keys import Key
 from fwdlearn.noise import Output, SiteNoise
