@@ -151,10 +151,19 @@ class NextToken(nn.Module):
         return output.logits[:, -1]
 
 
-def llama(layers: int, rows: int, tokens: int) -> Parts:
-    """Layers of the shape of TinyLlama in bfloat16, 22 of which have 1.1 billion weights.
+def llama(
+    layers: int,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    fill: bool = True,
+) -> Parts:
+    """Layers of the shape of TinyLlama, 22 of which have 1.1 billion weights.
 
     Laid out on the meta device, so that no second copy of the weights is ever made.
+
+    Args:
+        fill: or leave it to `filled`, once the weights lie where they are to be.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -166,16 +175,23 @@ def llama(layers: int, rows: int, tokens: int) -> Parts:
         num_key_value_heads=4,
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).bfloat16()
+        model = LlamaForCausalLM(config).to(dtype)
     angles = type(model.model.rotary_emb)(config)
     model = model.to_empty(device="cpu")
     model.model.rotary_emb = angles
+    if fill:
+        filled(model)
+    with weights_from(1):
+        ids, targets = torch.randint(32_000, (rows, tokens)), torch.randint(32_000, (rows,))
+    return NextToken(model).eval(), Batch((), targets, {"input_ids": ids})
+
+
+def filled(model: nn.Module) -> None:
+    """Draws weights in the place where they are."""
     with weights_from(0), torch.no_grad():
         for value in model.parameters():
             for part in value.split(256):
                 part.fill_(1.0) if value.dim() == 1 else part.normal_(std=0.02)
-        ids, targets = torch.randint(32_000, (rows, tokens)), torch.randint(32_000, (rows,))
-    return NextToken(model).eval(), Batch((), targets, {"input_ids": ids})
 
 
 def works() -> Mapping[str, Callable[[], Work]]:

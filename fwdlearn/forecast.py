@@ -156,17 +156,20 @@ def counted(
         brought: whether a parameter, and what the optimizer keeps of it, are there for its update
             alone.
     """
-    update = 0
+
+    def rehearsed(name: str) -> int:
+        # What is kept from one gradient for the next is no part of the twin.
+        before = live.now
+        with _twin(optimizer, params[name], device) as (twin, probe):
+            beside, start = 0 if brought else live.now - before, len(live.moments)
+            _update(twin, probe, made.grad, name)
+        return max(live.moments[start:]) - beside
+
     with torch.no_grad(), LiveBytes(device) as live:
         made = estimate()
         peak, held = live.peak, live.now
-        for name, parameter in params.items():
-            # What is kept from one gradient for the next is no part of the twin.
-            before = live.now
-            with _twin(optimizer, parameter, device) as (twin, probe):
-                beside, start = 0 if brought else live.now - before, len(live.moments)
-                _update(twin, probe, made.grad, name)
-            update = max(update, max(live.moments[start:]) - beside - held)
+        # In a function of its own, so that no twin is there beside the next.
+        update = max(map(rehearsed, params)) - held
     return Step(peak, held, update, optimizer_bytes(optimizer))
 
 
@@ -230,4 +233,9 @@ def _twin(
     twin.step = type(twin).step.__get__(twin)  # type: ignore[method-assign]
     twin.step()
     probe.grad = None
-    yield twin, probe
+    try:
+        yield twin, probe
+    finally:
+        # Its step holds it, so that it goes when it likes; what it holds goes now.
+        twin.state.clear()
+        twin.param_groups = []

@@ -15,13 +15,16 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _DECIDED = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
-def keep_freed_pages() -> bool:
+def keep_freed_pages(below: int = 2**30) -> bool:
     """Keeps the pages of freed tensors in the process, so that the next tensor finds them mapped.
 
     glibc hands the pages of large blocks back to the system, and every step then pays for
     thousands of page faults that fill them with zeros again. Kept, they are reused. The peak does
     not change but for fragmentation, a few percent either way; the memory in use between two steps
     stays near it. The setting lasts as long as the process.
+
+    Args:
+        below: blocks of so many bytes and more go back all the same; at most 2^30.
 
     Returns:
         Whether it was done: not where there is no glibc, nor where MALLOC_TRIM_THRESHOLD_,
@@ -33,7 +36,7 @@ def keep_freed_pages() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     # Blocks below the threshold come from the heap, which -1 says never to shrink.
-    return bool(libc.mallopt(_MMAP_THRESHOLD, 2**30) and libc.mallopt(_TRIM_THRESHOLD, -1))
+    return bool(libc.mallopt(_MMAP_THRESHOLD, below) and libc.mallopt(_TRIM_THRESHOLD, -1))
 
 
 def peak_bytes(device: str) -> int:

@@ -559,7 +559,7 @@ class Trainer:
     def _choose(self) -> Choice:
         if self.engine.choice is None:
             if torch.device(self.device).type == "cpu":
-                keep_freed_pages()
+                keep_freed_pages(self.home.kept_pages)
             if self.offload is not None:
                 first = torch.zeros(1, dtype=torch.int64, device=self.device)
                 with self.plain():

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from fwdlearn.allocators import Uniform
+from fwdlearn.cli.tables import explanation
 from fwdlearn.data import Data, DataInfo, Rows
 from fwdlearn.engine.footprint import LiveBytes
 from fwdlearn.estimators import RandomPerturbation
-from fwdlearn.forecast import counted, timed
+from fwdlearn.forecast import Step, _with_offload, counted, timed
 from fwdlearn.objectives import cross_entropy
 from fwdlearn.optim import FrankWolfe
 from fwdlearn.optim.sets import L2Ball
@@ -181,3 +182,73 @@ def test_the_peak_of_a_process_is_foretold() -> None:
         return int(run.stdout)
 
     assert said("ask") == pytest.approx(said("run"), rel=0.15)
+
+
+def deep(offload: str | None) -> Trainer:
+    """Eight layers of the same size, of which one at a time is used."""
+    x = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    data = Data(DataInfo("features", (128,), 128), Rows(x, torch.arange(16)))
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(8)))
+    made = torch.optim.Adam(model.parameters(), lr=0.1)
+    parts = (cross_entropy, RandomPerturbation(), Uniform(1), made)
+    return Trainer(model, data, *parts, batch_size=2, steps=3, offload=offload)
+
+
+WEIGHTS = 8 * 4 * (128 * 128 + 128)
+
+
+def test_where_weights_are_is_told(tmp_path: Any) -> None:
+    resident, copied, mapped = (deep(where).explain() for where in (None, "cpu", str(tmp_path)))
+    assert resident["fits"]
+    assert copied["fits"]
+    assert mapped["fits"]
+    assert (resident["offload"], copied["offload"], mapped["offload"]) == (
+        None,
+        "cpu",
+        str(tmp_path),
+    )
+    # On a CPU, host memory is where weights are anyway.
+    assert resident["offloaded_bytes"] == copied["offloaded_bytes"] == 0
+    assert resident["memory_parts"]["weights"] == copied["memory_parts"]["weights"] == WEIGHTS
+    assert mapped["memory_parts"]["weights"] == mapped["memory_parts"]["optimizer"] == 0
+    # The moments of Adam, and a count for each parameter.
+    assert 3 * WEIGHTS <= mapped["offloaded_bytes"] <= 3 * WEIGHTS + 16 * 8
+    layer = WEIGHTS // 8
+    more = copied["memory_parts"]["estimate"] - resident["memory_parts"]["estimate"]
+    assert 0 < more <= layer
+    # A weight and its moments are there for the time of its update.
+    more = copied["memory_parts"]["update"] - resident["memory_parts"]["update"]
+    assert 2.9 * layer < more <= 3.1 * layer
+
+
+def test_a_run_with_offload_takes_what_is_foretold() -> None:
+    run = deep("cpu")
+    taken = counted(*parts(run), CPU, brought=True)
+    for _ in range(2):
+        with LiveBytes(CPU) as live:
+            estimate = run._estimate(0, None, None)[0].estimate
+            run._update(estimate, run.engine.params)
+        del estimate
+    assert live.peak == pytest.approx(taken.peak, rel=0.05)
+
+
+def test_a_run_that_does_not_fit_is_told_what_offload_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fwdlearn.forecast.free_bytes", lambda device: 0)
+    facts = deep(None).explain()
+    assert not facts["fits"]
+    assert facts["with_offload_bytes"] < facts["memory_bytes"]
+    lines = dict(explanation(facts))
+    assert lines["weights"] == "on cpu"
+    assert lines["fits"].startswith("no: there are ")
+    assert lines["with offload"].endswith(": set trainer.offload=FOLDER")
+    assert not set(lines) & {"device", "offload", "offloaded bytes", "memory room bytes"}
+
+
+def test_room_on_a_gpu_is_for_two_weights_and_a_block() -> None:
+    run, taken = deep(None), Step(estimate=10_000, held=1_000, update=2_000, optimizer=2 * WEIGHTS)
+    assert _with_offload(run, taken, 500) == 10_000
+    run.device = "cuda"
+    largest = 4 * 128 * 128
+    assert _with_offload(run, taken, 500) == max(10_000 + 2 * largest, 3_000 + 3 * largest)

@@ -25,13 +25,21 @@ from fwdlearn.engine.window import Window
 from fwdlearn.errors import UsageError
 from fwdlearn.memory import private_bytes
 
+# Bytes of tensors whose memory goes back to the system at once where it is short.
+_LARGE = 2**24
 # They read of a parameter what its stand-in has too.
 _SIZES = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "element_size"}
 _SIZES |= {"is_complex", "is_inference", "__len__", "__hash__", "__repr__", "requires_grad_"}
 
 
 class Resident:
-    """Weights that are on the device."""
+    """Weights that are on the device.
+
+    Attributes:
+        kept_pages: see `keep_freed_pages`.
+    """
+
+    kept_pages = 2**30
 
     def passing(self) -> AbstractContextManager[object]:
         """Within, passes can run."""
@@ -72,6 +80,9 @@ class Offload(Resident):
         self.device = _with_number(torch.device(device))
         self.folder = None if folder is None else Path(folder)
         self.apart = self.device.type != "cpu" or folder is None
+        if folder is not None:
+            # Between large tensors of many sizes, what is kept would grow into the room of files.
+            self.kept_pages = _LARGE
         _check(model)
         self.before = private_bytes()
         self._store: Store = Memory(self.device) if folder is None else Folder(folder)
@@ -103,9 +114,9 @@ class Offload(Resident):
         return self.folder is None and device.type == "cpu"
 
     @property
-    def window(self) -> int:
-        """Bytes of weights that are on the device at once, but where an operation needs more."""
-        return self._window.room if self.apart else 0
+    def most(self) -> int:
+        """Bytes of weights that passes had on the device at once so far."""
+        return self._window.most
 
     @contextmanager
     def passing(self) -> Iterator[None]:

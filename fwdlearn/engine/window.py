@@ -29,6 +29,7 @@ class Window:
     Attributes:
         room: bytes that copies take at most, unless one operation needs more.
         seen: ids of the parameters that have been asked for so far.
+        most: bytes of copies that there were at once so far.
     """
 
     def __init__(self, hosts: Mapping[int, Tensor], device: torch.device) -> None:
@@ -37,6 +38,7 @@ class Window:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         largest = max((value.nbytes for value in hosts.values()), default=0)
         self.room = largest * (1 if self._side is None else 2)
+        self.most = 0
         self._copies: dict[int, Tensor] = {}
         self._coming: dict[int, Any] = {}
         self._after: dict[tuple[Ids, Ids], Ids] = {}
@@ -59,6 +61,7 @@ class Window:
         for key in following:
             if key not in self._copies:
                 self._send(key)
+        self.most = max(self.most, sum(copy.nbytes for copy in self._copies.values()))
         return {key: self._copies[key] for key in ids}
 
     def clear(self) -> None:

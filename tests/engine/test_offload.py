@@ -485,3 +485,77 @@ def test_a_model_under_offload_can_be_offloaded_elsewhere(tmp_path: Path) -> Non
         home = Offload(model, "cpu", folder)
         with home.passing(), torch.no_grad():
             assert torch.equal(model(x), plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnAGPU:
+    @pytest.mark.parametrize(("optimizer", "dtype", "sharing"), WAYS[:4])
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    @pytest.mark.parametrize("model", MODELS)
+    def test_a_run_is_that_of_a_resident_model(
+        self,
+        model: str,
+        estimator: str,
+        optimizer: str,
+        dtype: torch.dtype,
+        sharing: str,
+        tmp_path: Path,
+    ) -> None:
+        if estimator == "activity" and dtype == torch.bfloat16:
+            pytest.skip("differences in bfloat16 are too rough to check its slopes against")
+
+        def run(offload: str | None) -> dict[str, Any]:
+            make, objective = MODELS[model]
+            module, data = make(dtype)
+            module = module if offload is not None else module.cuda()
+            made = Trainer(
+                module,
+                data,
+                objective,
+                ESTIMATORS[estimator],
+                Uniform(2, sharing=sharing),
+                OPTIMIZERS[optimizer](module.parameters()),
+                batch_size=4,
+                steps=3,
+                log_every=1,
+                device="cuda",
+                offload=offload,
+            )
+            found = outcome(made)
+            if offload is not None:
+                assert all(p.device.type == "cpu" for p in made.model.parameters())
+            for part in ("weights", "state"):
+                found[part] = {name: value.cpu() for name, value in found[part].items()}
+            return found
+
+        resident, *others = (run(where) for where in (None, "cpu", str(tmp_path)))
+        for other in others:
+            assert [key for key in resident if not same(resident[key], other[key])] == []
+
+    def test_two_weights_and_a_block_are_on_the_device(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(16)))
+            x = torch.randn(8, 2048)
+        data = Data(DataInfo("features", (2048,), 2048), Rows(x, torch.arange(8)))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        parts = (cross_entropy, RandomPerturbation(sigma=1e-2), Uniform(1), optimizer)
+        run = Trainer(model, data, *parts, batch_size=4, steps=3, device="cuda", offload="cpu")
+        largest = 4 * 2048 * 2048
+        assert model[0].weight.is_pinned()
+        run.train()
+        assert model[0].weight.is_pinned()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        made = run.estimate()
+        # Activations of a few rows are small beside these weights.
+        assert torch.cuda.max_memory_allocated() - before < 2.5 * largest
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            run._update(made, run.engine.params)
+        # The weight, its two moments, its gradient, and what Adam makes in between.
+        assert torch.cuda.max_memory_allocated() - before < 7 * largest
+        facts = run.explain()
+        assert facts["memory_parts"]["weights"] == 0
+        assert facts["offloaded_bytes"] >= 3 * 16 * largest
