@@ -26,7 +26,7 @@ from benchmarks.results import merge
 from fwdlearn.allocator import Plan
 from fwdlearn.engine.footprint import LiveBytes
 from fwdlearn.errors import MissingError
-from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
+from fwdlearn.memory import in_use_bytes, keep_freed_pages, kept_below, peak_bytes, weights_bytes
 
 NAMES = ("blocks d=256 L=4, 8 x (4 x 64)", "MiniLM float32, 8 x (16 x 64)")
 WORKS = {**{name: works()[name] for name in NAMES}, **large()}
@@ -84,7 +84,7 @@ def live(work: Work, name: str, block: int) -> int:
 
 def process(work: Work, name: str, block: int) -> dict[str, int]:
     """Bytes of this process before the first step and at its peak."""
-    keep_freed_pages()
+    keep_freed_pages(kept_below(work.model))
     step = variant(work, name, block)
     before = in_use_bytes("cpu")
     for _ in range(3):

@@ -13,6 +13,8 @@ from torch import nn
 # Parameters of glibc's mallopt; its environment variables, with which a user decides instead.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _DECIDED = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+# Weights of which kept pages would be a large part, and the blocks that are kept beside larger ones.
+_MANY_WEIGHTS, _SMALL_BLOCK = 2**30, 2**22
 
 
 def keep_freed_pages(below: int = 2**30) -> bool:
@@ -37,6 +39,15 @@ def keep_freed_pages(below: int = 2**30) -> bool:
         return False
     # Blocks below the threshold come from the heap, which -1 says never to shrink.
     return bool(libc.mallopt(_MMAP_THRESHOLD, below) and libc.mallopt(_TRIM_THRESHOLD, -1))
+
+
+def kept_below(model: nn.Module) -> int:
+    """How large blocks are whose pages a run of the model had better keep.
+
+    Beside many weights there is little else, and what remains of a large block that was freed is a
+    part of the peak; to map it again is nothing beside a pass over such weights.
+    """
+    return 2**30 if weights_bytes(model) < _MANY_WEIGHTS else _SMALL_BLOCK
 
 
 def peak_bytes(device: str) -> int:

@@ -33,7 +33,13 @@ from fwdlearn.forecast import foretold
 from fwdlearn.gradient import ScaledGradient, spread_of
 from fwdlearn.keys import Key
 from fwdlearn.local import learn_locally, local_rows
-from fwdlearn.memory import in_use_bytes, keep_freed_pages, peak_bytes, weights_bytes
+from fwdlearn.memory import (
+    in_use_bytes,
+    keep_freed_pages,
+    kept_below,
+    peak_bytes,
+    weights_bytes,
+)
 from fwdlearn.metrics import Scores
 from fwdlearn.objectives import per_step, step_weights
 from fwdlearn.oracle import ActivationOracle, ModelOracle, forbid_backward, require
@@ -559,7 +565,7 @@ class Trainer:
     def _choose(self) -> Choice:
         if self.engine.choice is None:
             if torch.device(self.device).type == "cpu":
-                keep_freed_pages(self.home.kept_pages)
+                keep_freed_pages(min(self.home.kept_pages, kept_below(self.model)))
             if self.offload is not None:
                 first = torch.zeros(1, dtype=torch.int64, device=self.device)
                 with self.plain():
