@@ -13,7 +13,7 @@ from torch import nn
 # Parameters of glibc's mallopt; its environment variables, with which a user decides instead.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _DECIDED = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
-# Weights of which kept pages would be a large part, and the blocks that are kept beside larger ones.
+# Weights of which kept pages would be a large part, and the blocks that are kept all the same.
 _MANY_WEIGHTS, _SMALL_BLOCK = 2**30, 2**22
 
 
