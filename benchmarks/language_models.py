@@ -65,7 +65,7 @@ ADAPT: dict[str, tuple[list[str], tuple[float, ...]]] = {
             SHARED,
             "optimizer={name: SGD}",
         ],
-        (3e-5, 1e-4, 3e-4),
+        (1e-4, 3e-4, 1e-3),
     ),
     "backpropagation": (
         [*TIED, "estimator=fwdlearn.baselines:Backpropagation"],

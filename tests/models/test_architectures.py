@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from fwdlearn.keys import Key
 from fwdlearn.models.pooled import MeanPooled
 from fwdlearn.objectives import cross_entropy
 from fwdlearn.oracle import ModelOracle, forbid_backward
+from tests.models.test_language_model import MODELS as LANGUAGE
 
 library = pytest.importorskip("transformers")
 
@@ -74,6 +77,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "ViT": image("ViT"),
     "DeiT": image("DeiT"),
 }
+PAGE = Path(__file__).parents[2] / "docs" / "fine-tuning.md"
+SECTION = PAGE.read_text("utf-8").partition("## Architectures")[2].partition("\n## ")[0]
+# Name -> tested class, rung of losses, rung of exact slopes, rung as a causal language model.
+TOLD = {
+    name: (kind, losses, slopes, causal)
+    for name, kind, losses, slopes, causal in re.findall(
+        r"^\| (.+?) \| `(\w+)` \| (\w+) \| (\w+) \| (\w*) ?\|$", SECTION, re.MULTILINE
+    )
+}
 ESTIMATORS: list[Estimator] = [RandomPerturbation(), ForwardGradient(), LikelihoodRatio()]
 
 
@@ -90,16 +102,34 @@ def batch(name: str) -> Batch:
     return Batch((), targets, {**inputs, "attention_mask": mask})
 
 
+def test_the_page_tells_of_these_and_no_others() -> None:
+    assert list(TOLD) == list(MODELS)
+    causal = {config.removesuffix("Config") for config, _ in LANGUAGE.values()}
+    for name, (kind, _, _, told) in TOLD.items():
+        own = next((prefix for prefix in causal if kind.startswith(f"{prefix}For")), None)
+        assert (own is not None) == bool(told), name
+        causal.discard(own or "")
+    assert not causal
+    short = [getattr(one, "values", (one,))[0] for one in SHORT]
+    dtypes = [str(one).removeprefix("torch.") for one in (torch.float32, torch.float64, *short)]
+    assert (
+        f"tested in {', '.join(dtypes[:-1])} and {dtypes[-1]}, exact slopes in float32" in SECTION
+    )
+
+
 @pytest.mark.parametrize("name", list(MODELS))
 def test_runs_a_step_on_the_fast_rung(name: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = MODELS[name]().eval()
     rows = batch(name)
+    kind, losses, slopes, causal = TOLD[name]
+    assert kind in {type(module).__name__ for module in model.modules()}
+    assert losses == "fold" and causal in ("fold", "")
     with forbid_backward():
         engine = Engine(model, cross_entropy)
         choice = engine.choose(rows)
-        assert choice.rung == "fold", choice.reason
+        assert choice.rung == losses, choice.reason
         for estimator in ESTIMATORS:
             oracle = ModelOracle(engine, rows)
             made, _ = estimator.estimate(
@@ -112,6 +142,7 @@ def test_runs_a_step_on_the_fast_rung(name: str) -> None:
             norms = [float(made.grad[one].norm()) for one in oracle.params]
             assert all(norm < float("inf") for norm in norms), type(estimator).__name__
             assert any(norms), type(estimator).__name__
+        assert engine.exact.choice is not None and engine.exact.choice.rung == slopes
 
 
 # The two take the same way; a second a model is enough for everyday.
@@ -150,3 +181,13 @@ def test_the_fast_rung_is_right(name: str) -> None:
         family = Directions(Key.root(0), oracle.params, plan.directions)
         losses.append(oracle.losses(plan.row, family, plan.direction, 1e-3))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-10, atol=1e-12)
+
+
+def test_a_mixture_of_experts_runs_slowly_as_the_page_says() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = text("Mixtral", **GROUPED, num_local_experts=4)().eval()
+    with forbid_backward():
+        choice = Engine(model, cross_entropy).choose(batch("Llama"))
+    assert choice.rung == "sequential" and "fold: " in choice.reason
+    assert "tried: Mixtral" in SECTION
