@@ -3,7 +3,8 @@
     python -m benchmarks.offload [--rounds N] [--only PATTERN] [--output FILE] [--device DEVICE]
 
 Three steps of momentum in fresh processes, in turns: resident, `offload=cpu` and `offload=FOLDER`.
-`step` is the fastest of the steps after the first, of all rounds; `weights` all there are and
+`ms/step` is of the fastest of the steps after the first, of all rounds, by the clock of the
+processor on a CPU, so that others on the machine do not count; `weights` all there are and
 `at once` what the device has copies of at the most; `live` what tensors passes have there at their
 peak, but for weights that stay; `private` the peak of the process's own memory, which is what no
 file stands behind; `digest` is of all trained weights.
@@ -68,7 +69,7 @@ def everything() -> Mapping[str, Callable[[], Work]]:
 
     def add(name: str, layers: int, fill: bool) -> None:
         parts = partial(llama, layers, 2, 16, torch.float32, fill)
-        found[name] = lambda: Work(name, *parts(), 2, patience=3)
+        found[name] = lambda: Work(name, *parts(), 2)
 
     add("Llama 8 layers float32, 2 x (2 x 16)", 8, True)
     # Whose weights first exist where they are to be.
@@ -96,16 +97,17 @@ def trainer(work: Work, offload: str | None, device: str) -> Trainer:
 
 
 class Clock:
-    """A sink that keeps the seconds of each step."""
+    """A sink that keeps when each step was over."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.now = time.process_time if device == "cpu" else time.monotonic
         self.times: list[float] = []
 
     def start(self, meta: dict[str, Any]) -> None:
-        self.times.append(time.monotonic())
+        self.times.append(self.now())
 
     def log(self, record: dict[str, Any]) -> None:
-        self.times.append(time.monotonic())
+        self.times.append(self.now())
 
     def finish(self, summary: dict[str, Any]) -> None:
         pass
@@ -122,7 +124,7 @@ def watched(found: dict[str, int]) -> Iterator[None]:
     over = threading.Event()
 
     def look() -> None:
-        while not over.wait(0.002):
+        while not over.wait(0.01):
             found["private"] = max(found["private"], private_bytes())
 
     found["private"] = private_bytes()
@@ -137,7 +139,7 @@ def watched(found: dict[str, int]) -> Iterator[None]:
 
 def alone(name: str, offload: str | None, device: str) -> dict[str, Any]:
     """A run, in this process."""
-    work, clock = everything()[name](), Clock()
+    work, clock = everything()[name](), Clock(device)
     if device != "cpu":
         work = Work(work.name, work.model, work.batch.to(device), work.directions)
     run = trainer(work, offload, device)
@@ -211,7 +213,7 @@ def main() -> None:
     print(f"{'work':38}{'variant':10}{'ms/step':>10}{'ratio':>7}{heads}  MiB; bits")
     results = []
     for name in chosen(everything(), asked.only):
-        rounds = 1 if name == LARGE else asked.rounds
+        rounds = 1 if name.startswith("Llama") else asked.rounds
         try:
             entries = measure(name, rounds, asked.device)
         except MissingError as error:

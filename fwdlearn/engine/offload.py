@@ -48,6 +48,10 @@ class Resident:
     def check(self, losses: Tensor) -> None:
         """Looks at the losses of a first pass."""
 
+    def empty(self, size: int) -> Tensor:
+        """uint8 [size], for what is to become of weights or of what an optimizer keeps of them."""
+        return torch.empty(size, dtype=torch.uint8)
+
     def updating(
         self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter
     ) -> AbstractContextManager[object]:
@@ -163,6 +167,10 @@ class Offload(Resident):
                 old = before.get(name)
                 optimizer.state[parameter][name] = self._back(old, value)
 
+    def empty(self, size: int) -> Tensor:
+        """See `Resident.empty`."""
+        return super().empty(0).set_(self._store.empty(size), 0, (size,), (1,))
+
     def stand_in(self, parameter: Tensor) -> Tensor:
         """What takes the place of a parameter while passes run."""
         return self._stand_ins[id(parameter)]
@@ -196,6 +204,9 @@ class Offload(Resident):
                 return old
             if (old.shape, old.dtype) == (value.shape, value.dtype):
                 return old.copy_(value)
+        if value.untyped_storage().nbytes() > value.nbytes:
+            # What else lies there is not to be kept with it.
+            value = value.clone()
         host = self._hosted(value)
         self._kept.clear()
         host._fwdlearn_kept = True  # type: ignore[attr-defined]

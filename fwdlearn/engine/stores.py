@@ -23,6 +23,9 @@ class Store(Protocol):
     def keep(self, content: UntypedStorage) -> UntypedStorage:
         """A place on the host that holds the same bytes; the very same where they lie well."""
 
+    def empty(self, size: int) -> UntypedStorage:
+        """A place for so many bytes."""
+
 
 class Memory:
     """Memory of the host; locked where a GPU is to read it while it computes.
@@ -38,6 +41,10 @@ class Memory:
         """See `Store.keep`."""
         host = content.cpu()
         return host.pin_memory() if self._locked and host.nbytes() else host
+
+    def empty(self, size: int) -> UntypedStorage:
+        """See `Store.empty`."""
+        return UntypedStorage(size)
 
 
 class Folder:
@@ -69,12 +76,18 @@ class Folder:
         """
         if content.nbytes() <= _PAGE:
             return content.cpu()
-        try:
-            mapped = self._file(content.nbytes())
-        except OSError as error:
-            raise self._refused(error, content.nbytes()) from error
+        mapped = self.empty(content.nbytes())
         mapped.copy_(content)
         return mapped
+
+    def empty(self, size: int) -> UntypedStorage:
+        """See `Store.empty`."""
+        if size <= _PAGE:
+            return UntypedStorage(size)
+        try:
+            return self._file(size)
+        except OSError as error:
+            raise self._refused(error, size) from error
 
     def _file(self, size: int) -> UntypedStorage:
         handle, name = tempfile.mkstemp(dir=self.path, prefix=".fwdlearn-")

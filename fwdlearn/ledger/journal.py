@@ -226,7 +226,7 @@ class RunJournal(Journal):
 
     def _newest(self, ledger: Ledger) -> State | None:
         """The newest snapshot that is sound and belongs to the ledger."""
-        for step, found in snapshots.valid(self.folder / SNAPSHOTS):
+        for step, found in snapshots.valid(self.folder / SNAPSHOTS, self._trainer.home.empty):
             if isinstance(found, StorageError):
                 self.warn(f"{found}; the one before it is taken")
                 continue

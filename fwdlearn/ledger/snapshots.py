@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +42,10 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _NAMED = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+def _empty(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,18 @@ def write(path: Path, snapshot: Snapshot) -> None:
     replace_file(path, put)
 
 
-def read(path: Path) -> Snapshot:
+def read(path: Path, empty: Callable[[int], Tensor] = _empty) -> Snapshot:
     """Reads a snapshot, and checks every byte of it.
+
+    Args:
+        empty: makes the memory of a tensor, uint8 [bytes].
 
     Raises:
         StorageError: it is damaged, or not one of ours.
     """
     try:
         with path.open("rb") as file:
-            return _read(file)
+            return _read(file, empty)
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -118,8 +124,10 @@ def store(folder: Path, step: int, snapshot: Snapshot) -> Path:
     with storing(path):
         folder.mkdir(exist_ok=True)
         write(path, snapshot)
-    # A snapshot that cannot be read is none, and those before it stay.
-    read(path)
+    # A snapshot that cannot be read is none, and those before it stay. Nothing is kept of it here:
+    # all tensors are read into the same memory.
+    scratch = _empty(max((value.nbytes for value in snapshot.tensors.values()), default=0))
+    read(path, lambda size: scratch[:size])
     with storing(folder):
         left = [entry for entry in folder.iterdir() if _PARTIAL.fullmatch(entry.name)]
         for old in [*left, *(old for _, old in in_folder(folder)[_KEPT:])]:
@@ -128,16 +136,18 @@ def store(folder: Path, step: int, snapshot: Snapshot) -> Path:
     return path
 
 
-def valid(folder: Path) -> Iterator[tuple[int, Snapshot | StorageError]]:
+def valid(
+    folder: Path, empty: Callable[[int], Tensor] = _empty
+) -> Iterator[tuple[int, Snapshot | StorageError]]:
     """The snapshots of a folder, the newest first, or why one is none."""
     for step, path in in_folder(folder):
         try:
-            yield step, read(path)
+            yield step, read(path, empty)
         except StorageError as error:
             yield step, error
 
 
-def _read(file: BinaryIO) -> Snapshot:
+def _read(file: BinaryIO, empty: Callable[[int], Tensor]) -> Snapshot:
     size = file.seek(0, 2)
     file.seek(0)
     begin = file.read(_LENGTH.size)
@@ -156,8 +166,9 @@ def _read(file: BinaryIO) -> Snapshot:
         count = entry["data_offsets"][1] - entry["data_offsets"][0]
         if not 0 <= count <= size:
             raise ValueError(f"{name} is longer than the file")
-        flat = torch.empty(count, dtype=torch.uint8)
-        flat.numpy()[:] = np.frombuffer(file.read(count), np.uint8)
+        flat = empty(count)
+        if file.readinto(flat.numpy()) != count:  # type: ignore[attr-defined]
+            raise ValueError(f"{name} is cut short")
         if content["digests"][name] != _digest(name, dtype, shape, flat.numpy().data):
             raise ValueError(f"{name} is not as it was written")
         tensors[name] = flat.view(dtype).reshape(shape)

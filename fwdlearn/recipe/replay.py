@@ -178,7 +178,7 @@ class _Past(Journal):
             )
 
     def _newest(self) -> State | None:
-        for step, found in snapshots.valid(self.run / SNAPSHOTS):
+        for step, found in snapshots.valid(self.run / SNAPSHOTS, self.trainer.home.empty):
             if step <= self.last and isinstance(found, snapshots.Snapshot):
                 if found.meta["ledger"] == self.ledger.hash(step).hex():
                     return State(found.meta, found.tensors)

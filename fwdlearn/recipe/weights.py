@@ -110,8 +110,10 @@ def _distinct(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             tied[name] = first[place]
         else:
             first[place] = name
-            # A copy, because safetensors refuses tensors that share part of their memory.
+            # A copy, because safetensors refuses tensors that share part of their memory. One that
+            # has it to itself may be larger than what is left.
+            alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
             tensors[name] = tensor.detach().to(
-                "cpu", copy=True, memory_format=torch.contiguous_format
+                "cpu", copy=not alone, memory_format=torch.contiguous_format
             )
     return tensors, tied

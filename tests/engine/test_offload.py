@@ -380,6 +380,20 @@ def test_what_an_optimizer_keeps_lies_in_the_folder(tmp_path: Path) -> None:
     assert len(spans) == 3 * 2 * LAYERS
 
 
+def test_what_is_read_back_goes_into_the_folder(tmp_path: Path) -> None:
+    run = deep(str(tmp_path))
+    value = run.home.empty(1000)
+    value.fill_(3)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the system does not say what is mapped")
+    at = f"{value.data_ptr():x}-"
+    assert any(
+        line.startswith(at) and str(tmp_path) in line for line in maps.read_text().splitlines()
+    )
+    assert int(value.sum()) == 3000
+
+
 class Overwriting(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fwdlearn.engine.footprint import LiveBytes
 from fwdlearn.errors import StorageError
 from fwdlearn.ledger import snapshots
 from fwdlearn.ledger.snapshots import Snapshot
@@ -154,3 +155,19 @@ def test_what_cannot_be_kept_is_named() -> None:
 def test_nothing_else_is_made_of_what_is_read(packed: Any) -> None:
     with pytest.raises(ValueError, match="stands for nothing|is no dataclass of"):
         unpack(packed, {}, {"tests"})
+
+
+def test_to_look_at_a_file_takes_the_memory_of_one_tensor(tmp_path: Path) -> None:
+    tensors = {str(n): torch.full((1000 + n,), float(n)) for n in range(8)}
+    with LiveBytes(torch.device("cpu")) as live:
+        path = snapshots.store(tmp_path, 1, Snapshot({}, tensors))
+    assert live.peak == 4 * 1007
+    made: list[int] = []
+
+    def empty(size: int) -> torch.Tensor:
+        made.append(size)
+        return torch.empty(size, dtype=torch.uint8)
+
+    found = snapshots.read(path, empty)
+    assert made == [4 * (1000 + n) for n in range(8)]
+    assert all(torch.equal(found.tensors[name], value) for name, value in tensors.items())
