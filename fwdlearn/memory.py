@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +17,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _DECIDED = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 # Weights of which kept pages would be a large part, and the blocks that are kept all the same.
 _MANY_WEIGHTS, _SMALL_BLOCK = 2**30, 2**22
+_LEAST = 2**17
+# Of the process: as it was last set.
+_below: int | None = None
 
 
 def keep_freed_pages(below: int = 2**30) -> bool:
@@ -38,7 +43,28 @@ def keep_freed_pages(below: int = 2**30) -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     # Blocks below the threshold come from the heap, which -1 says never to shrink.
-    return bool(libc.mallopt(_MMAP_THRESHOLD, below) and libc.mallopt(_TRIM_THRESHOLD, -1))
+    done = bool(libc.mallopt(_MMAP_THRESHOLD, below) and libc.mallopt(_TRIM_THRESHOLD, -1))
+    global _below
+    _below = below if done else None
+    return done
+
+
+@contextmanager
+def freed_pages_return() -> Iterator[None]:
+    """Within, freed pages go back all the same.
+
+    For what is done once and leaves small things among large ones: the holes between them, which
+    nothing fits into, would stay. It takes a while, and is done where pages are short.
+    """
+    if _below is None or _below > _SMALL_BLOCK:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, _LEAST)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, _below)
 
 
 def kept_below(model: nn.Module) -> int:

@@ -38,6 +38,7 @@ from fwdlearn.engine.trace import Lookups, Recorder, TraceError, Use, compare
 from fwdlearn.engine.watch import Start, Watch, by_mode, ways
 from fwdlearn.errors import FwdlearnError, UsageError
 from fwdlearn.keys import Key
+from fwdlearn.memory import freed_pages_return
 from fwdlearn.objectives import per_row
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ class Engine:
     def choose(self, batch: Batch, dropout: Key | None = None) -> Choice:
         """Settles on a rung: the first that equals the reference on rows of `batch`."""
         dropout = dropout if self.model.training else None
-        with self.shown(batch, dropout):
+        with self.shown(batch, dropout), freed_pages_return():
             if self.wanted == "sequential":
                 self._settle(Choice("sequential", "asked for"))
             elif sequential.mixes_rows(self.model):
