@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fwdlearn.engine.footprint import LiveBytes
 from fwdlearn.errors import StorageError
@@ -171,3 +172,13 @@ def test_to_look_at_a_file_takes_the_memory_of_one_tensor(tmp_path: Path) -> Non
     found = snapshots.read(path, empty)
     assert made == [4 * (1000 + n) for n in range(8)]
     assert all(torch.equal(found.tensors[name], value) for name, value in tensors.items())
+
+
+def test_a_tensor_made_of_others_has_the_digest_of_what_lies_inside() -> None:
+    """As torchao's quantised tensors are, which cannot be viewed as bytes themselves."""
+    codes, scale = torch.arange(6.0).view(2, 3), torch.ones(2, 3)
+    first, again = (TwoTensor(codes, scale.clone()) for _ in range(2))
+    assert snapshots.digest("w", first) == snapshots.digest("w", again)
+    again.b[1, 2] = 2
+    assert snapshots.digest("w", first) != snapshots.digest("w", again)
+    assert snapshots.digest("w", first) != snapshots.digest("v", first)
