@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fwdlearn.errors import FwdlearnError
-from fwdlearn.recipe.build import build
+from fwdlearn.errors import FwdlearnError, StorageError
+from fwdlearn.recipe.build import _placed, build
 from fwdlearn.recipe.load import Recipe, load_recipe
 
 GOOD = """\
@@ -129,3 +129,29 @@ def test_failures_point_at_their_section(
     else:
         assert message.startswith(line)
     assert "\n" not in message
+
+
+def test_a_model_that_its_device_has_no_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fwdlearn.recipe.build.free_bytes", lambda device: 2**20)
+    model, checked = nn.Linear(1024, 1024), _recipe(tmp_path)
+    with pytest.raises(FwdlearnError, match=r"r\.yaml:6:1: trainer: .* set trainer\.offload=cpu"):
+        _placed(checked, model, "meta")
+    assert model.weight.device.type == "cpu"
+    # What is there already needs no more room.
+    assert _placed(checked, model, "cpu") is model
+
+
+def test_offload_and_what_it_does_not_go_with(tmp_path: Path) -> None:
+    trainer = build(_recipe(tmp_path, GOOD, f"trainer.offload={tmp_path / 'weights'}"))
+    assert trainer.explain()["memory_parts"]["weights"] == 0
+    for words, why in (
+        (("trainer.offload=cpu", "trainer.compile=true"), "trainer: compile=True makes graphs"),
+        (("trainer.offload=3",), "trainer.offload: must be text"),
+    ):
+        with pytest.raises(FwdlearnError, match=why):
+            build(_recipe(tmp_path, GOOD, *words))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file: cannot be used"):
+        build(_recipe(tmp_path, GOOD, f"trainer.offload={tmp_path / 'file'}"))
