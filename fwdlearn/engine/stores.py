@@ -90,7 +90,7 @@ class Folder:
             raise self._refused(error, size) from error
 
     def _file(self, size: int) -> UntypedStorage:
-        handle, name = tempfile.mkstemp(dir=self.path, prefix=".fwdlearn-")
+        handle, name = self._opened()
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle, 0, size)
@@ -103,6 +103,14 @@ class Folder:
             os.close(handle)
             with suppress(OSError):
                 os.unlink(name)
+
+    def _opened(self) -> tuple[int, str]:
+        """A new file, and a name that it can be opened by again for now."""
+        with suppress(OSError, AttributeError):
+            # Where there is such a thing, a file never has a name of its own.
+            handle = os.open(self.path, os.O_TMPFILE | os.O_RDWR, 0o600)
+            return handle, f"/proc/self/fd/{handle}"
+        return tempfile.mkstemp(dir=self.path, prefix=".fwdlearn-")
 
     def _refused(self, error: OSError, size: int = 0) -> StorageError:
         wanted = f" for {size} bytes of weights" if size else ""

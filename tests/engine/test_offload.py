@@ -394,6 +394,19 @@ def test_what_is_read_back_goes_into_the_folder(tmp_path: Path) -> None:
     assert int(value.sum()) == 3000
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_no_file_is_left(named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has no files without names, they lose theirs at once."""
+    if named:
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    model, x = nn.Linear(8, 8), torch.ones(1, 8)
+    plain = model(x)
+    home = Offload(model, "cpu", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with home.passing(), torch.no_grad():
+        assert torch.equal(model(x), plain)
+
+
 class Overwriting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
