@@ -108,6 +108,10 @@ class Offload(Resident):
         self._units = whole_units(model, self._mode, self._hosts) if self.apart else ()
         self._depth = 0
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A model that is pickled leaves it behind."""
+        return type(None), ()
+
     @property
     def bytes(self) -> int:
         """Of the weights."""

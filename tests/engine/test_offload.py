@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from fwdlearn.blackbox import BlackBox
 from fwdlearn.data import Data, DataInfo, Rows
 from fwdlearn.engine import Engine, stores
 from fwdlearn.engine.footprint import LiveBytes
-from fwdlearn.engine.offload import Offload, Resident
+from fwdlearn.engine.offload import Offload, Resident, is_offloaded
 from fwdlearn.errors import StorageError, UsageError
 from fwdlearn.estimators import (
     SPSA,
@@ -405,6 +407,14 @@ def test_no_file_is_left(named: bool, tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
     with home.passing(), torch.no_grad():
         assert torch.equal(model(x), plain)
+
+
+def test_a_copy_of_a_model_is_resident() -> None:
+    run = deep("cpu")
+    for copied in (copy.deepcopy(run.model), pickle.loads(pickle.dumps(run.model))):
+        assert not any(is_offloaded(p) for p in copied.parameters())
+        assert same(dict(copied.state_dict()), dict(run.model.state_dict()))
+    assert all(is_offloaded(p) for p in run.model.parameters())
 
 
 class Overwriting(nn.Module):
