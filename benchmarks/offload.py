@@ -9,8 +9,8 @@ processor on a CPU, so that others on the machine do not count; `weights` all th
 peak, but for weights that stay; `private` the peak of the process's own memory, which is what no
 file stands behind; `digest` is of all trained weights.
 
-The last work, of two steps, has 3.2 GiB of weights and may take 1.5 GiB of memory, by a limit that the system
-keeps (RLIMIT_DATA). It runs from the folder alone.
+The last work, of two steps, has 3.2 GiB of weights and may take 1.5 GiB of memory, by a limit that
+the system keeps (RLIMIT_DATA). It runs from the folder alone.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def everything() -> Mapping[str, Callable[[], Work]]:
         parts = partial(llama, layers, 2, 16, torch.float32, fill)
         found[name] = lambda: Work(name, *parts(), 2)
 
-    add("Llama 8 layers float32, 2 x (2 x 16)", 8, True)
+    add("Llama 2 layers float32, 2 x (2 x 16)", 2, True)
     # Whose weights first exist where they are to be.
     add(LARGE, 15, False)
     return found
