@@ -9,7 +9,7 @@ processor on a CPU, so that others on the machine do not count; `weights` all th
 peak, but for weights that stay; `private` the peak of the process's own memory, which is what no
 file stands behind; `digest` is of all trained weights.
 
-The last work, of two steps, has 3.2 GiB of weights and may take 1.5 GiB of memory, by a limit that
+The last work, of two steps, has 3.2 GB of weights and may take 1.5 GiB of memory, by a limit that
 the system keeps (RLIMIT_DATA). It runs from the folder alone.
 """
 
@@ -45,7 +45,7 @@ from fwdlearn.memory import peak_bytes, private_bytes, weights_bytes
 from fwdlearn.trainer import Trainer
 
 STEPS = 3
-LARGE = "Llama 3.2 GiB float32, 2 x (2 x 16)"
+LARGE = "Llama 3.2 GB float32, 2 x (2 x 16)"
 LIMIT = 3 * 2**29
 
 
