@@ -211,7 +211,6 @@ def main() -> None:
     asked = options("offload", rounds=3)
     heads = "".join(f"{head:>10}" for head in ("weights", "at once", "live", "private"))
     print(f"{'work':38}{'variant':10}{'ms/step':>10}{'ratio':>7}{heads}  MiB; bits")
-    results = []
     for name in chosen(everything(), asked.only):
         rounds = 1 if name.startswith("Llama") else asked.rounds
         try:
@@ -220,8 +219,7 @@ def main() -> None:
             print(f"{name:38}skipped: {error}")
             continue
         table(entries)
-        results += entries
-    merge(asked.output, results, everything(), asked.rounds, asked.device)
+        merge(asked.output, entries, everything(), rounds, asked.device)
 
 
 if __name__ == "__main__":
