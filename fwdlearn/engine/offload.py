@@ -141,6 +141,8 @@ class Offload(Resident):
                 self._depth -= 1
             return
         self._depth = 1
+        # One that is being updated is on the device meanwhile.
+        before = {id(parameter): parameter.data for parameter in self._params}
         try:
             self._set(self._stand_ins)
             with ExitStack() as stack:
@@ -151,7 +153,7 @@ class Offload(Resident):
         finally:
             self._depth = 0
             self._window.clear()
-            self._set(self._hosts)
+            self._set(before)
 
     @contextmanager
     def updating(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Iterator[None]:
