@@ -65,11 +65,14 @@ def test_help_and_lists_are_quick_and_need_no_torch(here: Path) -> None:
         ["cp", "quickstart", "."],
     ):
         assert _imports(words) == (0, False), words
+    # Of the processor: what else the machine does is not theirs.
     seconds = []
     for words in (["--help"], ["ls"]) * 3:
-        begun = time.monotonic()
+        begun = os.times()
         _process(words)
-        seconds.append(time.monotonic() - begun)
+        ended = os.times()
+        own = ended.children_user + ended.children_system
+        seconds.append(own - begun.children_user - begun.children_system)
     assert min(seconds[::2]) < 0.5
     assert min(seconds[1::2]) < 0.5
 
