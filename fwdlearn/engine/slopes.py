@@ -175,13 +175,12 @@ class Slopes:
             self._trace(batch, dropout)
         for rung in wanted[len(failed) :]:
             try:
-                error = self._check(rung, batch, dropout)
+                agreed = self._check(rung, batch, dropout)
             except (TraceError, JvpError) as why:
                 failed.append(f"{rung}: {why}")
                 if isinstance(why, HiddenError):
                     break
                 continue
-            agreed = f"equals differences of losses to {error:.0e}"
             self.choice = Choice(rung, "; ".join([*failed, agreed]))
             self.events.append(self.choice)
             return self.choice
@@ -285,8 +284,8 @@ class Slopes:
         except TraceError:
             self._uses = None
 
-    def _check(self, rung: str, batch: Batch, dropout: Key | None) -> float:
-        """The difference from differences of losses, relative to the slopes."""
+    def _check(self, rung: str, batch: Batch, dropout: Key | None) -> str:
+        """What the slopes agree with."""
         run, failed = (self._dual, TraceError) if rung == "dual" else (self._dense, JvpError)
         whole = self._mixing
         if rung == "dual" and sequential.mixes_rows(self.model):
@@ -296,7 +295,7 @@ class Slopes:
         family = Directions(Key.root(0).fold("self-check of slopes"), self.params, len(row))
         number = torch.arange(len(row), device=batch.device)
         # Both kinds of pass: directions that rows share, and directions of their own.
-        least = 0.0
+        least, rough = 0.0, False
         for direction in (number % 2,) if whole else (number % 2, number):
             _, found = run(batch, row, family, direction, dropout)
             if not found.any():
@@ -316,8 +315,10 @@ class Slopes:
                 # Differences decide, where they can tell the two from each other.
                 if against[0] <= wide or error > wide:
                     raise failed(f"its slopes differ from those of jvp by {apart:.0e}")
-            least = max(least, error)
-        return least
+            least, rough = max(least, error), rough or error > wide
+        if rough:
+            return "equals torch's forward mode; differences of losses are too rough to tell"
+        return f"equals differences of losses to {least:.0e}"
 
     @property
     def _dtype(self) -> torch.dtype:
