@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from fwdlearn.engine.fold import replaced
 from fwdlearn.engine.trace import tensors
 
-# They read of a parameter what perturbation does not change.
-_SIZES = {"size", "dim", "ndimension", "numel", "stride", "is_floating_point", "element_size"}
+SIZES = {"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size"}
+SIZES |= {"is_floating_point", "is_complex", "is_inference"}
+"""Functions that read of a parameter what is the same of anything in its place."""
 
 
 class AtUse(TorchFunctionMode):
@@ -44,7 +45,7 @@ class AtUse(TorchFunctionMode):
         if not any(id(t) in self.names for t in tensors((args, kwargs))):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name in _SIZES or name == "__get__":
+        if name in SIZES or name == "__get__":
             found = func(*args, **kwargs)
             if not isinstance(found, Tensor):
                 return found

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fwdlearn.engine.at_use import SIZES
 from fwdlearn.engine.fold import replaced
 from fwdlearn.engine.stores import Folder, Memory, Store
 from fwdlearn.engine.units import whole_units
@@ -27,9 +28,8 @@ from fwdlearn.memory import private_bytes
 
 # Bytes of tensors whose memory goes back to the system at once where it is short.
 _LARGE = 2**24
-# They read of a parameter what its stand-in has too.
-_SIZES = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "element_size"}
-_SIZES |= {"is_complex", "is_inference", "__len__", "__hash__", "__repr__", "requires_grad_"}
+# A stand-in has all of these but strides, and is to be set and shown itself.
+_ITS_OWN = SIZES - {"stride"} | {"__len__", "__hash__", "__repr__", "requires_grad_"}
 
 
 class Resident:
@@ -246,7 +246,7 @@ class _Bringing(TorchFunctionMode):
         if not wanted:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name in _SIZES or name == "__get__":
+        if name in _ITS_OWN or name == "__get__":
             found = func(*args, **kwargs)
             if not isinstance(found, Tensor):
                 return found

@@ -164,6 +164,8 @@ def trainer(
     make, objective = MODELS[model]
     module, data = make(dtype)
     settings = {"batch_size": 4, "steps": 3, "log_every": 1, "evaluate_every": 2} | settings
+    if settings.get("offload") is None:
+        module.to(settings.get("device", "cpu"))
     return Trainer(
         module,
         data,
@@ -543,22 +545,8 @@ class TestOnAGPU:
             pytest.skip("differences in bfloat16 are too rough to check its slopes against")
 
         def run(offload: str | None) -> dict[str, Any]:
-            make, objective = MODELS[model]
-            module, data = make(dtype)
-            module = module if offload is not None else module.cuda()
-            made = Trainer(
-                module,
-                data,
-                objective,
-                ESTIMATORS[estimator],
-                Uniform(2, sharing=sharing),
-                OPTIMIZERS[optimizer](module.parameters()),
-                batch_size=4,
-                steps=3,
-                log_every=1,
-                device="cuda",
-                offload=offload,
-            )
+            where = {"device": "cuda", "offload": offload, "evaluate_every": None}
+            made = trainer(model, estimator, optimizer, dtype, sharing, **where)
             found = outcome(made)
             if offload is not None:
                 assert all(p.device.type == "cpu" for p in made.model.parameters())
