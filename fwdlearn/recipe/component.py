@@ -26,7 +26,7 @@ PROVIDED: Mapping[str, frozenset[str]] = {
     "optimizer": frozenset({"params"}),
     "group": frozenset({"params"}),
     "schedule": frozenset({"optimizer", "last_epoch"}),
-    "sink": frozenset({"folder", "config", "warn"}),
+    "sink": frozenset({"folder", "config", "process", "warn"}),
 }
 """Arguments that building gives and a recipe cannot."""
 

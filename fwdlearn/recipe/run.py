@@ -25,6 +25,7 @@ from fwdlearn.recipe.load import Recipe
 from fwdlearn.recipe.rewind import rewind
 from fwdlearn.recipe.source import Problem
 from fwdlearn.recipe.text import dump, parse
+from fwdlearn.recipe.tracking import Apart
 from fwdlearn.recipe.weights import save_model
 from fwdlearn.sinks import Record, Sink
 from fwdlearn.sinks.background import Background
@@ -137,7 +138,7 @@ class _Run:
         if self.console is not None:
             self.sinks.append(self.console)
         for component in recipe.sinks:
-            sink = component(folder=folder.path, config=resolved, warn=self.warn)
+            sink = Apart(component, folder.path, resolved, self.warn)
             self.sinks.append(Background(sink, component.name, self.warn))
         self.assembly = assemble(recipe, self.sinks)
         parent = None

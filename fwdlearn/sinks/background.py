@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from fwdlearn.sinks import Record, Sink
 
 _WAITING = 1000
 _PATIENCE = 15.0
+# Seconds between looks at what has come: a record by itself takes ten times as long as one among
+# others, because what it needs has left the caches, and so do the steps beside it.
+_PAUSE = 2.0
+
+
+class Failed(Exception):
+    """What has become of a sink that is elsewhere, to be read after its name."""
 
 
 class Background:
-    """Calls another sink on a thread of its own.
+    """Calls another sink on a thread of its own, every few seconds.
 
-    An exception, a full queue or a sink that does not finish in time gives one warning; from then
-    on its records are dropped. The thread is a daemon, so it cannot keep the process alive.
+    An exception, too many records that wait or a sink that does not finish in time gives one
+    warning; from then on its records are dropped. The thread is a daemon, so it cannot keep the
+    process alive.
 
     Args:
         sink: what to call.
@@ -32,19 +40,22 @@ class Background:
         self.name = name
         self.warn = warn
         self.patience = patience
-        self._calls: queue.Queue[tuple[str, Record]] = queue.Queue(_WAITING)
+        self._calls: deque[tuple[str, Record]] = deque()
+        self._called = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"fwdlearn-{name}", daemon=True)
         self._given_up = False
 
     def start(self, meta: Record) -> None:
-        self._put("start", dict(meta))
+        self._put("start", meta)
+        self._called.set()
         self._thread.start()
 
     def log(self, record: Record) -> None:
-        self._put("log", dict(record))
+        self._put("log", record)
 
     def finish(self, summary: Record) -> None:
-        self._put("finish", dict(summary))
+        self._put("finish", summary)
+        self._called.set()
         if self._given_up or not self._thread.ident:
             return
         self._thread.join(self.patience)
@@ -54,19 +65,25 @@ class Background:
     def _put(self, method: str, record: Record) -> None:
         if self._given_up:
             return
-        try:
-            self._calls.put_nowait((method, record))
-        except queue.Full:
+        if len(self._calls) == _WAITING:
             self._give_up(f"is more than {_WAITING} records behind")
+        elif len(self._calls) == _WAITING // 2:
+            self._called.set()
+        self._calls.append((method, dict(record)))
 
     def _work(self) -> None:
         method = "start"
         while method != "finish" and not self._given_up:
-            method, record = self._calls.get()
-            try:
-                getattr(self.sink, method)(record)
-            except Exception as error:  # whatever it is, the run goes on
-                self._give_up(f"failed: {type(error).__name__}: {error}")
+            self._called.wait(_PAUSE)
+            self._called.clear()
+            while self._calls and not self._given_up:
+                method, record = self._calls.popleft()
+                try:
+                    getattr(self.sink, method)(record)
+                except Failed as error:
+                    self._give_up(str(error))
+                except Exception as error:  # whatever it is, the run goes on
+                    self._give_up(f"failed: {type(error).__name__}: {error}")
 
     def _give_up(self, why: str) -> None:
         if not self._given_up:

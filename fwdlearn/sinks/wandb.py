@@ -13,6 +13,9 @@ from fwdlearn.errors import MissingError
 from fwdlearn.sinks import Record
 from fwdlearn.sinks.jsonl import plain
 
+# Seconds for the server to answer at the start.
+_PATIENCE = 30.0
+
 
 @dataclass
 class Wandb:
@@ -21,11 +24,13 @@ class Wandb:
     Args:
         project: where the run is filed.
         mode: `offline` writes under the run's folder, for `wandb sync` to upload later; `online`
-            uploads, and falls back to offline where no API key is configured.
+            uploads, and falls back to offline where no API key is configured or the server does
+            not answer.
         entity, name, group, notes, tags: as in `wandb.init`.
         folder: the run's folder.
         config: the resolved recipe.
-        warn: told when `online` is not possible.
+        process: the run's, whose memory and processor time are shown; this one if not given.
+        warn: told when `online` is not possible, and why.
     """
 
     project: str = "fwdlearn"
@@ -37,6 +42,7 @@ class Wandb:
     tags: tuple[str, ...] = ()
     folder: Path = Path(".")
     config: Mapping[str, Any] = field(default_factory=dict)
+    process: int | None = None
     warn: Callable[[str], None] = print
 
     def start(self, meta: Record) -> None:
@@ -45,21 +51,18 @@ class Wandb:
             import wandb
         except ImportError as error:
             raise MissingError("not installed; pip install fwdlearn[wandb]") from error
-        online = self.mode == "online" and _has_key()
-        if self.mode == "online" and not online:
+        if self.mode == "online" and _has_key():
+            try:
+                self._begin(wandb, "online", meta)
+                return
+            except wandb.errors.CommError as error:
+                reason = str(error).partition("\n")[0]
+                self.warn(
+                    f"wandb cannot go online, so it records offline; wandb sync later ({reason})"
+                )
+        elif self.mode == "online":
             self.warn("wandb has no API key, so it records offline; wandb login, then wandb sync")
-        self._run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            name=self.name or self.folder.name or None,
-            group=self.group,
-            notes=self.notes,
-            tags=list(self.tags),
-            dir=str(self.folder),
-            mode="online" if online else "offline",
-            config={**self.config, "run": plain(dict(meta))},
-            settings=wandb.Settings(silent=True, console="off", disable_git=True),
-        )
+        self._begin(wandb, "offline", meta)
 
     def log(self, record: Record) -> None:
         values = {name.replace(".", "/"): value for name, value in record.items()}
@@ -68,6 +71,26 @@ class Wandb:
     def finish(self, summary: Record) -> None:
         self._run.summary.update(plain(dict(summary)))
         self._run.finish(exit_code=0 if summary.get("status") == "finished" else 1)
+
+    def _begin(self, wandb: Any, mode: str, meta: Record) -> None:
+        self._run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            name=self.name or self.folder.name or None,
+            group=self.group,
+            notes=self.notes,
+            tags=list(self.tags),
+            dir=str(self.folder),
+            mode=mode,
+            config={**self.config, "run": plain(dict(meta))},
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                init_timeout=_PATIENCE,
+                x_stats_pid=self.process or os.getpid(),
+            ),
+        )
 
 
 def _has_key() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,28 @@ def test_online_without_a_key_records_offline(
     sink.finish({"status": "finished"})
     assert told == ["wandb has no API key, so it records offline; wandb login, then wandb sync"]
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_online_without_a_server_records_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(ours, "_PATIENCE", 1.0)
+    told: list[str] = []
+    # An address that nobody listens at.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        sink = Wandb(mode="online", folder=tmp_path, warn=told.append)
+        sink.start({})
+        sink.log({"step": 1, "train.loss": 1.0})
+        sink.finish({"status": "finished"})
+    (warning,) = told
+    assert warning.startswith("wandb cannot go online, so it records offline; wandb sync later (")
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))
 
 
 def test_keys_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
