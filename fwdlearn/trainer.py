@@ -379,6 +379,11 @@ class Trainer:
             self._keyed = (number, self.key.fold("step").fold(number))
         return self._keyed[1]
 
+    def oracle(self, step: int, batch: Batch | None = None) -> ModelOracle | CallableOracle:
+        """What a step asks, which is numbered from 0; of its `batch`, if that is there already."""
+        batch = self.batch(step) if batch is None else batch
+        return self._oracle(batch, self.step_key(step).fold("dropout"))
+
     def _made(self, at: Progress) -> _Step:
         """The estimate of the step `at.step`, which counts from 1: from the journal, or made."""
         known = self.journal.recorded(at)
@@ -411,7 +416,7 @@ class Trainer:
 
     def _estimate(self, step: int, state: Any, plans: Any) -> tuple[_Step, Any, Any]:
         key, batch = self.step_key(step), self.batch(step)
-        oracle = self._oracle(batch, key.fold("dropout"))
+        oracle = self.oracle(step, batch)
         if self.every is not None:
             assert isinstance(oracle, StepOracle)
             oracle.go_on(state.carried if step % self._pieces else Carried())

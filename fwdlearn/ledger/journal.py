@@ -289,14 +289,22 @@ def warm(trainer: Trainer) -> Estimate:
 
 
 def estimate_of(record: Record, header: Mapping[str, Any], trainer: Trainer) -> Estimate:
-    """The estimate that a record with coefficients holds."""
+    """The estimate that a record with coefficients holds.
+
+    Without a forward pass; where its directions are about what the batch reads, the batch is taken
+    and its entries are looked up.
+    """
     assert record.coefficients is not None
     made = header["family"]
-    params = on_device(trainer.engine.params)
-    entries = {name: value.to(trainer.device) for name, value in record.entries.items()}
+    params: Mapping[str, Tensor] = on_device(trainer.engine.params)
+    if (listed := record.entries) is None:
+        params = trainer.oracle(record.step - 1).params
+    else:
+        entries = {name: value.to(trainer.device) for name, value in listed.items()}
+        params = ReadParams(params, lambda: entries)
     directions = Directions(
         trainer.step_key(record.step - 1),
-        ReadParams(params, lambda: entries),
+        params,
         len(record.coefficients),
         made["law"],
         made["rank"],
@@ -322,7 +330,7 @@ class Taken(NamedTuple):
         coefficients: along which the gradient is a sum, or None.
         named: whether the directions are those of the step's key, in every parameter.
         law, rank, scales: of them.
-        entries: of tables, outside of which they are zero.
+        reads: whether they are zero in tables but for what the batch reads.
     """
 
     step: int
@@ -334,7 +342,7 @@ class Taken(NamedTuple):
     law: str = ""
     rank: int | None = None
     scales: Mapping[str, float] | None = None
-    entries: Mapping[str, Tensor] = {}
+    reads: bool = False
 
 
 def taken(at: Progress, estimate: Estimate, trainer: Trainer, stayed: bool) -> Taken:
@@ -356,7 +364,7 @@ def taken(at: Progress, estimate: Estimate, trainer: Trainer, stayed: bool) -> T
     # Asked for here, where the trainer still knows it.
     named = named and made.key == trainer.step_key(at.step - 1)
     family = made.law, made.rank, made.scales
-    return Taken(*begin, grad.coefficients, named, *family, made.entries)
+    return Taken(*begin, grad.coefficients, named, *family, bool(made.entries))
 
 
 class Form(NamedTuple):
@@ -396,5 +404,5 @@ def body_of(made: Taken, form: Form) -> bytes:
         variance,
         coefficients is not None and made.fresh and not form.lasting,
         coefficients,
-        made.entries if coefficients is not None else {},
+        None if made.reads and coefficients is not None else {},
     )

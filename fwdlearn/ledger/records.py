@@ -3,14 +3,15 @@
     file    = "FWDLEDG1" length:u32 header hash_0        header: canonical JSON, at most 64 MB
     record  = step:u64 count:u32 queries:u32 nonfinite:u32 loss:f64 variance:f64
               kind:u8 flags:u8 spare:u16 crc:u32          of what stands before it in the record
-              length:u32 entries                          of tables, if flags say so
+              length:u32 entries                          of tables, if they are listed
               coefficients, `count` of them               kind 0 none, 1 float32, 2 float64
               hash_n                                      BLAKE2b-128 of hash_{n-1} and the record
 
-Little-endian; 60 bytes a step beside coefficients and entries, an entry of two bytes or four. The
-running hash makes a changed, dropped, repeated, moved or spliced record an error; steps are
-consecutive beside that. The CRC tells a record that was cut short by a crash, which is left out,
-from one that was damaged, which is refused.
+Little-endian; 60 bytes a step beside coefficients. A run does not list the entries of tables that
+its batches read, because its data tell them; where they have to be known without the data, each
+takes two bytes or four. The running hash makes a changed, dropped, repeated, moved or spliced
+record an error; steps are consecutive beside that. The CRC tells a record that was cut short by a
+crash, which is left out, from one that was damaged, which is refused.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ _TABLE = struct.Struct("<IB")
 _HASH = 16
 _KINDS = {0: None, 1: torch.float32, 2: torch.float64}
 _SIZES = {0: 0, 1: 4, 2: 8}
-FRESH, ALONE, READ = 0, 1, 2
+FRESH, ALONE, LISTED, READ = 0, 1, 2, 4
 """Flags: nothing; that the coefficients are all that a step was, beside weights and optimizer; that
-directions are zero in tables but for some entries."""
+directions are zero in tables but for the entries that are listed; or but for those that the step's
+batch reads."""
 # Of the run's time, what waiting for the disk may take.
 _SHARE = 0.001
 
@@ -63,7 +65,8 @@ class Record:
             the coefficients tell all of it.
         coefficients: [directions], float32 or float64 as the gradient uses them; None where the
             gradient is no sum of named directions, and the step has to be made again.
-        entries: name of a table -> int64 [k], ascending, outside of which directions are zero.
+        entries: name of a table -> int64 [k], ascending, outside of which directions are zero; None
+            for what the step's batch reads, which the data tell.
     """
 
     step: int
@@ -73,7 +76,7 @@ class Record:
     variance: float
     alone: bool
     coefficients: Tensor | None
-    entries: Mapping[str, Tensor] = field(default_factory=dict)
+    entries: Mapping[str, Tensor] | None = field(default_factory=dict)
 
     def body(self) -> bytes:
         """Everything but the running hash."""
@@ -97,13 +100,15 @@ def packed(
     variance: float,
     alone: bool,
     coefficients: Tensor | None,
-    entries: Mapping[str, Tensor],
+    entries: Mapping[str, Tensor] | None,
 ) -> bytes:
     """The body of a `Record`, which need not be made for it."""
     kind, payload, count = 0, b"", 0
     flags = ALONE if alone else FRESH
-    if entries:
+    if entries is None:
         flags |= READ
+    elif entries:
+        flags |= LISTED
         tables = _packed(entries)
         payload = _LENGTH.pack(len(tables)) + tables
     if coefficients is not None:
@@ -196,7 +201,7 @@ class Ledger:
     def _payload(self, file: BinaryIO, size: int, length: int, flags: int) -> bytes | None:
         """What follows the head of a record, or None where the file ends within it."""
         entries = b""
-        if flags & READ:
+        if flags & LISTED:
             entries = file.read(_LENGTH.size)
             if len(entries) < _LENGTH.size:
                 return None
@@ -330,8 +335,9 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], bytes]:
 
 def _parse(body: bytes) -> Record:
     step, count, queries, nonfinite, loss, variance, kind, flags, _ = _HEAD.unpack_from(body)
-    coefficients, entries, start = None, {}, _HEAD.size + _CRC.size
-    if flags & READ:
+    coefficients, start = None, _HEAD.size + _CRC.size
+    entries: dict[str, Tensor] | None = None if flags & READ else {}
+    if flags & LISTED:
         end = start + _LENGTH.size + _LENGTH.unpack_from(body, start)[0]
         entries = _unpacked(body[start + _LENGTH.size : end])
         start = end

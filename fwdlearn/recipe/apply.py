@@ -108,6 +108,12 @@ def _check(ledger: Ledger, tensors: Mapping[str, Tensor], learning: int, path: P
                 f"{path}: the record of step {record.step} holds no coefficients, because its "
                 "gradient is no sum of directions; rebuild such a run with its data (`replay`)."
             )
+        if record.entries is None:
+            raise UsageError(
+                f"{path}: step {record.step} is about the words that its batch read, and the data "
+                "alone tell which; `fwdlearn export RUN --format ledger` makes a file that lists "
+                "them."
+            )
 
 
 def _recipe(resolved: Mapping[str, Any], base: Path | None, path: Path) -> Recipe:

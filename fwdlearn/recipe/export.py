@@ -10,9 +10,10 @@ from pathlib import Path
 
 from fwdlearn.errors import UsageError
 from fwdlearn.ledger.files import replace_file, storing
+from fwdlearn.ledger.records import LedgerWriter
 from fwdlearn.models.lora import ADAPTER
 from fwdlearn.recipe.folder import status
-from fwdlearn.recipe.replay import ledger_of, recipe_of, replay
+from fwdlearn.recipe.replay import ledger_of, listed, recipe_of, replay
 from fwdlearn.recipe.weights import DESCRIPTION, WEIGHTS, read_model
 
 FORMATS = ("transformers", "peft", "safetensors", "ledger")
@@ -28,7 +29,8 @@ def export(run: Path, form: str, out: Path) -> None:
         run: its folder.
         form: `transformers`, a folder that `from_pretrained` loads; `peft`, a folder with the
             adapters of low rank alone, for `PeftModel.from_pretrained`; `safetensors`, one file
-            with every tensor once; or `ledger`, for `fwdlearn apply`.
+            with every tensor once; or `ledger`, for `fwdlearn apply`, which lists the entries of
+            tables that the batches of the run read.
         out: where, a new name.
 
     Raises:
@@ -41,10 +43,7 @@ def export(run: Path, form: str, out: Path) -> None:
     if out.exists():
         raise UsageError(f"{out} is there already; choose another name for --out")
     if form == "ledger":
-        recipe_of(run)
-        ledger = ledger_of(run)
-        with storing(out):
-            replace_file(out, lambda file: file.write(ledger.path.read_bytes()[: ledger.end]))
+        _ledger(run, out)
         return
     with _model(run, out) as folder:
         own, weights = (folder / DESCRIPTION).exists(), folder / WEIGHTS
@@ -71,6 +70,19 @@ def export(run: Path, form: str, out: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.copytree(folder / ADAPTER if form == "peft" else folder, partial)
                 partial.rename(out)
+
+
+def _ledger(run: Path, out: Path) -> None:
+    """Writes the ledger of a run so that it can be applied without the data."""
+    recipe_of(run)
+    ledger = ledger_of(run)
+    if any(record.entries is None for record in ledger) and "parent" not in ledger.header:
+        records = listed(run)
+        with storing(out):
+            LedgerWriter.create(out, ledger.header, records).close()
+        return
+    with storing(out):
+        replace_file(out, lambda file: file.write(ledger.path.read_bytes()[: ledger.end]))
 
 
 @contextmanager

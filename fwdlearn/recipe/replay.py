@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fwdlearn.errors import MissingError, StorageError, UsageError
 from fwdlearn.estimator import Estimate
+from fwdlearn.gradient import DirectionGradient
 from fwdlearn.ledger import snapshots
 from fwdlearn.ledger.header import beginning, machine, moved, unlike
 from fwdlearn.ledger.journal import (
@@ -22,7 +24,7 @@ from fwdlearn.ledger.journal import (
     taken,
     warm,
 )
-from fwdlearn.ledger.records import Ledger
+from fwdlearn.ledger.records import Ledger, Record
 from fwdlearn.ledger.state import State, put_back
 from fwdlearn.progress import Journal, Progress
 from fwdlearn.recipe.build import Assembly, assemble
@@ -89,7 +91,11 @@ def ledger_of(run: Path) -> Ledger:
 
 
 def replay(
-    run: Path, step: int | None = None, snapshot: bool = True, states: bool = False
+    run: Path,
+    step: int | None = None,
+    snapshot: bool = True,
+    states: bool = False,
+    each: Callable[[Record, Estimate], None] = lambda record, estimate: None,
 ) -> Rebuilt:
     """The run as it was after a step.
 
@@ -101,6 +107,7 @@ def replay(
         step: which, the last recorded one when not given; 0 is before the first.
         snapshot: whether to start from a snapshot, where there is one, and not from the beginning.
         states: whether those of estimator and allocator are wanted too, and not the weights alone.
+        each: told of every step that is rebuilt, before its update.
 
     Raises:
         MissingError: the folder holds no run or no ledger.
@@ -130,10 +137,29 @@ def replay(
             at.step += 1
             made = trainer._made(at)
             journal.append(at, made.estimate)
+            each(ledger.record(at.step), made.estimate)
             trainer._advance(at, made, time.monotonic())
             del made
     where = moved(ledger.header["machine"], machine(trainer), journal.made > 0)
     return Rebuilt(recipe, assembly, last, first, journal.made, at, where)
+
+
+def listed(run: Path) -> list[Record]:
+    """The records of a run, with the entries of tables that its batches read.
+
+    Raises:
+        as `replay`.
+    """
+    records: list[Record] = []
+
+    def keep(record: Record, estimate: Estimate) -> None:
+        if record.entries is None:
+            assert isinstance(estimate.grad, DirectionGradient)
+            record = replace(record, entries=estimate.grad.directions.entries)
+        records.append(record)
+
+    replay(run, snapshot=False, each=keep)
+    return records
 
 
 class _Past(Journal):

@@ -82,6 +82,9 @@ CASES = {
     "perturbation-adam-offloaded": recipe("{name: RandomPerturbation}", ADAM).replace(
         "batch_size: 8,", "batch_size: 8, offload: .,"
     ),
+    "words-adam": recipe(
+        "{name: RandomPerturbation}", ADAM, model='{name: "tests.ledger.parts:words"}'
+    ),
     "slopes-frank-wolfe": recipe("{name: ForwardGradient}", FRANK_WOLFE),
 }
 

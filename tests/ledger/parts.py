@@ -41,6 +41,25 @@ class Counted(nn.Module):
         return self.inner(x)
 
 
+class Words(nn.Module):
+    """Pixels as words of a table of which a batch reads some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(64 * 17, 4), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = 17 * torch.arange(64, device=x.device) + (16 * x).long().flatten(1)
+        return self.layer(self.table(words).mean(1).relu())
+
+
+def words(info: Any, seed: int = 0) -> nn.Module:
+    """A small one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Words()
+
+
 def counted(info: Any, path: str, seed: int = 0) -> nn.Module:
     """A small one."""
     return Counted(mlp(info, hidden=(4,), seed=seed).module, path)

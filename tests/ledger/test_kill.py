@@ -16,6 +16,7 @@ QUICK = (
     "adaptive-momentum",
     "spsa-momentum-bfloat16",
     "causal-every-momentum",
+    "words-adam",
 )
 
 
