@@ -16,7 +16,7 @@ from fwdlearn.engine.offload import Resident
 from fwdlearn.errors import UsageError
 from fwdlearn.estimator import Estimate
 from fwdlearn.keys import Key
-from fwdlearn.memory import keep_freed_pages
+from fwdlearn.memory import keep_freed_pages, kept_below
 from fwdlearn.trainer import AnyEngine, Trainer
 
 
@@ -48,7 +48,7 @@ class BaselineTrainer(Trainer):
         # Nothing is perturbed, so there is no rung to choose and none to check.
         if self.engine.choice is None:
             if torch.device(self.device).type == "cpu":
-                keep_freed_pages()
+                keep_freed_pages(kept_below(self.model))
             self.engine.choice = Choice("baseline", "forward and backward passes")
         return self.engine.choice
 
