@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.results import FOLDER, write
 from fwdlearn.ledger.journal import LEDGER, RunJournal
 from fwdlearn.ledger.records import Ledger
 from fwdlearn.recipe.load import load_recipe
@@ -63,17 +64,25 @@ def main() -> None:
     asked = parser.parse_args()
     words = [*(asked.words or WORDS), f"trainer.steps={asked.steps}"]
     print(f"{asked.recipe} {' '.join(words)}, {torch.get_num_threads()} thread")
-    shares = []
+    rounds = []
     for _ in range(asked.rounds):
         found = measured(asked.recipe, words)
-        shares.append(found["append"] / found["seconds"])
+        one = {
+            "bytes": found["bytes"],
+            "append_share": found["append"] / found["seconds"],
+            "snapshot_share": found["snapshot"] / found["seconds"],
+            "step_ms": 1e3 * found["seconds"] / found["steps"],
+        }
+        rounds.append(one)
         print(
-            f"{found['bytes']:.0f} bytes a step; appending {shares[-1]:.2%} of a step of "
-            f"{1e3 * found['seconds'] / found['steps']:.2f} ms; snapshots "
-            f"{found['snapshot'] / found['seconds']:.2%} of the run",
+            f"{one['bytes']:.0f} bytes a step; appending {one['append_share']:.2%} of a step of "
+            f"{one['step_ms']:.2f} ms; snapshots {one['snapshot_share']:.2%} of the run",
             flush=True,
         )
+    shares = [one["append_share"] for one in rounds]
     print(f"appending: {min(shares):.2%} fewest, {max(shares):.2%} most")
+    about = {"recipe": asked.recipe, "words": words, "rounds": rounds}
+    write(FOLDER / "ledger_cost.json", about)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from statistics import median
 import torch
 from torch import nn
 
+from benchmarks.results import FOLDER, write
 from fwdlearn.ledger.journal import LEDGER
 from fwdlearn.ledger.records import Ledger
 from fwdlearn.recipe.load import load_recipe
@@ -119,6 +120,16 @@ def main() -> None:
         )
         found = verify(run, rebuild=True)
     print(found[-1].says)
+    results = {
+        "steps": steps[-1],
+        "grown_mb": grown,
+        "step_ms_first": 1e3 * first,
+        "step_ms_last": 1e3 * last,
+        "slower_beside_passes": after / share - 1,
+        "bytes_a_step": record,
+        "rebuilt": found[-1].says,
+    }
+    write(FOLDER / "soak.json", results)
     sound = all(one.sound for one in found)
     bad = grown >= 5 or after / share >= 1.05 or record > most or not sound
     sys.exit(1 if bad else 0)
