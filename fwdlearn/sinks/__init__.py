@@ -1,6 +1,8 @@
 """Where a run reports to: files, the terminal, wandb, tensorboard.
 
-A sink is any object with these three methods; `Background` keeps one from disturbing the run.
+A sink is any object with these three methods. One that a recipe's `tracking` names is made in a
+process of its own, and given `folder`, `config`, `process` and `warn` as far as it takes them:
+where the run is, its resolved recipe, the number of its process, and what shows a warning.
 """
 
 from __future__ import annotations
