@@ -46,11 +46,7 @@ def apply(base: Path | None, path: Path) -> Rebuilt:
     ledger = Ledger(path)
     if ledger.header["format"] != FORMAT:
         raise UsageError(f"{path} has format {ledger.header['format']}, and this reads {FORMAT}.")
-    if "parent" in ledger.header:
-        raise UsageError(
-            f"{path} begins with step {ledger.header['parent']['step']} of another run, whose "
-            "state is beside it and not in it; use `fwdlearn replay` on the run's folder."
-        )
+    check_whole(ledger)
     recipe = _recipe(ledger.header["recipe"], base, path)
     built = load_model(recipe, _info(ledger.header["info"]))
     if base is not None and (base / DESCRIPTION).exists():
@@ -67,6 +63,21 @@ def apply(base: Path | None, path: Path) -> Rebuilt:
             trainer._advance(at, trainer._made(at), time.monotonic())
     where = moved(ledger.header["machine"], machine(trainer), passes=False)
     return Rebuilt(recipe, assembly, ledger.steps, 0, 0, at, where)
+
+
+def check_whole(ledger: Ledger) -> None:
+    """Raises UsageError unless a ledger and the first weights are all that a run was."""
+    if "parent" in ledger.header:
+        raise UsageError(
+            f"{ledger.path} begins with step {ledger.header['parent']['step']} of another run, "
+            "whose state is beside it and not in it; use `fwdlearn replay` on the run's folder."
+        )
+    for record in ledger:
+        if record.coefficients is None:
+            raise UsageError(
+                f"{ledger.path}: the record of step {record.step} holds no coefficients, because "
+                "its gradient is no sum of directions; rebuild such a run with its data (`replay`)."
+            )
 
 
 class _Told(Journal):
@@ -103,11 +114,6 @@ def _check(ledger: Ledger, tensors: Mapping[str, Tensor], learning: int, path: P
     if learning:
         raise UsageError(f"{path}: modules of this model learn from the data; use `replay`.")
     for record in ledger:
-        if record.coefficients is None:
-            raise UsageError(
-                f"{path}: the record of step {record.step} holds no coefficients, because its "
-                "gradient is no sum of directions; rebuild such a run with its data (`replay`)."
-            )
         if record.entries is None:
             raise UsageError(
                 f"{path}: step {record.step} is about the words that its batch read, and the data "

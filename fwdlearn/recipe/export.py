@@ -12,6 +12,7 @@ from fwdlearn.errors import UsageError
 from fwdlearn.ledger.files import replace_file, storing
 from fwdlearn.ledger.records import LedgerWriter
 from fwdlearn.models.lora import ADAPTER
+from fwdlearn.recipe.apply import check_whole
 from fwdlearn.recipe.folder import status
 from fwdlearn.recipe.replay import ledger_of, listed, recipe_of, replay
 from fwdlearn.recipe.weights import DESCRIPTION, WEIGHTS, read_model
@@ -35,7 +36,8 @@ def export(run: Path, form: str, out: Path) -> None:
 
     Raises:
         MissingError: the folder holds no run or no ledger.
-        UsageError: the format is unknown, `out` is there, or the model has no such form.
+        UsageError: the format is unknown, `out` is there, the model has no such form, or the
+            ledger is not all that the run was.
         StorageError: something is damaged or cannot be written.
     """
     if form not in FORMATS:
@@ -76,7 +78,8 @@ def _ledger(run: Path, out: Path) -> None:
     """Writes the ledger of a run so that it can be applied without the data."""
     recipe_of(run)
     ledger = ledger_of(run)
-    if any(record.entries is None for record in ledger) and "parent" not in ledger.header:
+    check_whole(ledger)
+    if any(record.entries is None for record in ledger):
         records = listed(run)
         with storing(out):
             LedgerWriter.create(out, ledger.header, records).close()

@@ -208,6 +208,8 @@ def test_what_cannot_be_applied(here: Path, capsys: pytest.CaptureFixture[str]) 
         assert main(["train", "r.yaml", f"output.dir={name}", *WORDS]) == 0
         assert main(["apply", "-", f"{name}/ledger.bin", "--out", "x"]) == 2
         assert message in capsys.readouterr().err
+    assert main(["export", "activity-adam", "--format", "ledger", "--out", "x"]) == 2
+    assert "the record of step 1 holds no coefficients" in capsys.readouterr().err
     assert main(["apply", "-", "nowhere.bin", "--out", "x"]) == 3
     assert not (here / "x").exists()
 
