@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.logs import Log
 from benchmarks.results import write
 from fwdlearn.allocator import Allocator, Feedback, Plan
 from fwdlearn.allocators import (
@@ -256,21 +257,6 @@ def start(data: Data, seed: int) -> nn.Module:
     return model
 
 
-class Curve:
-    """A sink that keeps the training loss of every epoch."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def start(self, meta: Mapping[str, Any]) -> None: ...
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        if "train.loss" in record:
-            self.losses.append(record["train.loss"])
-
-    def finish(self, summary: Mapping[str, Any]) -> None: ...
-
-
 def tuned(job: tuple[str, int, int]) -> dict[str, Any]:
     """One run of fine-tuning: rule, directions, seed."""
     torch.set_num_threads(1)
@@ -279,7 +265,7 @@ def tuned(job: tuple[str, int, int]) -> dict[str, Any]:
     model = start(data, seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
     rule = rules(directions).get(label.removeprefix("backprop, "), Uniform(directions))
-    curve, epoch = Curve(), len(data.train) // ROWS
+    log, epoch = Log(), len(data.train) // ROWS
     trainer = Trainer(
         model,
         data,
@@ -291,15 +277,16 @@ def tuned(job: tuple[str, int, int]) -> dict[str, Any]:
         steps=10 * epoch,
         seed=seed,
         log_every=epoch,
-        sinks=[curve],
+        sinks=[log],
     )
     before = trainer.evaluate()["accuracy"]
     spent = 0
     if label.startswith("backprop"):
         losses = _backprop(trainer, rule)
-        curve.losses = [mean(losses[n : n + epoch]) for n in range(0, len(losses), epoch)]
+        curve = [mean(losses[n : n + epoch]) for n in range(0, len(losses), epoch)]
     else:
         spent = trainer.train()["queries"]
+        curve = [loss for _, loss in log.curve("train.loss")]
     after, fitted = trainer.evaluate(), trainer.evaluate(data.train)
     return {
         "rule": label,
@@ -309,7 +296,7 @@ def tuned(job: tuple[str, int, int]) -> dict[str, Any]:
         "queries": spent,
         "train_loss": fitted["loss"],
         "accuracy": after["accuracy"],
-        "curve": curve.losses,
+        "curve": curve,
     }
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.logs import Log
 from benchmarks.results import write
 from fwdlearn.data.language import SaidRows
 from fwdlearn.data.passages import TokenSequences
@@ -35,7 +36,6 @@ from fwdlearn.oracle import forbid_backward
 from fwdlearn.recipe.build import Assembly, assemble
 from fwdlearn.recipe.load import load_recipe
 from fwdlearn.scoring import without_letter
-from fwdlearn.sinks import Record
 
 RECORD = Path(__file__).parent.parent / "records" / "language-models"
 SEEDS = (0, 1, 2)
@@ -74,24 +74,6 @@ ADAPT: dict[str, tuple[list[str], tuple[float, ...]]] = {
 }
 
 
-class Log:
-    """Keeps the records of a run."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def start(self, meta: Record) -> None: ...
-
-    def log(self, record: Record) -> None:
-        self.records.append(record)
-
-    def finish(self, summary: Record) -> None: ...
-
-
-def curve(log: Log, figure: str) -> list[tuple[int, float]]:
-    return [(r["queries"], r[f"eval.{figure}"]) for r in log.records if f"eval.{figure}" in r]
-
-
 def adapted(model: str, text: str, words: list[str], lr: float, seed: int) -> dict[str, Any]:
     log = Log()
     given = [f"model.path={model}", f"data.path={text}", f"seed={seed}", "trainer.device=cpu"]
@@ -111,7 +93,7 @@ def adapted(model: str, text: str, words: list[str], lr: float, seed: int) -> di
         "training": summary["train.loss"],
         "queries": summary["queries"],
         "seconds": summary["seconds"],
-        "curve": curve(log, "bits"),
+        "curve": log.curve("eval.bits"),
     }
 
 
@@ -218,7 +200,7 @@ def reward(model: str, folder: str) -> None:
             with forbid_backward():
                 answers = made.trainer.model(**batch.kwargs).texts()
             runs.append({"seed": seed, **figures(made), "answers": answers})
-            runs[-1]["curve"] = curve(log, "without_letter")
+            runs[-1]["curve"] = log.curve("eval.without_letter")
             if name == "as it was":
                 break
         rewards, bits = ([run[key] for run in runs] for key in ("reward", "bits"))

@@ -9,13 +9,12 @@ Writes the record.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from time import process_time
-from typing import Any
 
 import torch
 
+from benchmarks.logs import Log
 from benchmarks.results import write
 from fwdlearn.recipe.build import assemble
 from fwdlearn.recipe.load import load_recipe
@@ -23,37 +22,21 @@ from fwdlearn.recipe.load import load_recipe
 RECORD = Path(__file__).parent.parent / "records" / "likelihood-ratio-fashion-mnist"
 
 
-class Curve:
-    """A sink that keeps what is logged."""
-
-    def __init__(self) -> None:
-        self.evaluations: list[dict[str, float]] = []
-        self.summary: dict[str, Any] = {}
-
-    def start(self, meta: Mapping[str, Any]) -> None: ...
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        if "eval.accuracy" in record:
-            self.evaluations.append(dict(record))
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        self.summary = dict(summary)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     torch.set_num_threads(1)
-    curve, words = Curve(), [f"data.path={parser.parse_args().folder}", "trainer.device=cpu"]
+    log, words = Log(), [f"data.path={parser.parse_args().folder}", "trainer.device=cpu"]
     begun = process_time()
-    assemble(load_recipe(str(RECORD / "recipe.yaml"), words), [curve]).trainer.train()
+    assemble(load_recipe(str(RECORD / "recipe.yaml"), words), [log]).trainer.train()
+    evaluations = [dict(one) for one in log.records if "eval.accuracy" in one]
     results = {
         "cpu_seconds": process_time() - begun,
-        "summary": curve.summary,
-        "evaluations": curve.evaluations,
+        "summary": log.summary,
+        "evaluations": evaluations,
     }
     write(RECORD / "results.json", results)
-    plot(curve.evaluations)
+    plot(evaluations)
 
 
 def plot(evaluations: list[dict[str, float]]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from time import process_time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.logs import Log
 from benchmarks.results import write
 from fwdlearn.recipe.build import assemble
 from fwdlearn.recipe.load import load_recipe
@@ -37,26 +37,11 @@ PARTS: dict[str, tuple[list[str], int]] = {"digits": (DIGITS, 4), "quickstart": 
 METHODS = ("likelihood ratio", "backprop")
 
 
-class Curve:
-    """A sink that keeps the evaluations."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[int, float]] = []
-
-    def start(self, meta: Mapping[str, Any]) -> None: ...
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        if "eval.accuracy" in record:
-            self.points.append((record["queries"], record["eval.accuracy"]))
-
-    def finish(self, summary: Mapping[str, Any]) -> None: ...
-
-
 def run(part: str, method: str, seed: int) -> dict[str, Any]:
     """One training run."""
-    curve, words = Curve(), [*PARTS[part][0], f"seed={seed}", "trainer.device=cpu"]
-    trainer = assemble(load_recipe("quickstart", words), [curve]).trainer
-    begun = process_time()
+    log, words = Log(), [*PARTS[part][0], f"seed={seed}", "trainer.device=cpu"]
+    trainer = assemble(load_recipe("quickstart", words), [log]).trainer
+    begun, curve = process_time(), []
     if method == "backprop":
         for step in range(1, trainer.steps + 1):
             batch = trainer.batch(step - 1)
@@ -66,9 +51,10 @@ def run(part: str, method: str, seed: int) -> dict[str, Any]:
             trainer.optimizer.step()
             trainer.schedule.step()
             if step % trainer.evaluate_every == 0:
-                curve.points.append((step * len(batch), trainer.evaluate()["accuracy"]))
+                curve.append((step * len(batch), trainer.evaluate()["accuracy"]))
     else:
         trainer.train()
+        curve = log.curve("eval.accuracy")
     seconds = process_time() - begun
     return {
         "part": part,
@@ -76,7 +62,7 @@ def run(part: str, method: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "cpu_seconds": seconds,
         "settings": words,
-        "curve": curve.points,
+        "curve": curve,
     }
 
 

@@ -9,7 +9,6 @@ learning rates each; backpropagation with the same steps beside them. Writes the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.logs import Log
 from benchmarks.results import write
 from fwdlearn.recipe.build import assemble
 from fwdlearn.recipe.load import load_recipe
@@ -30,21 +30,6 @@ RATES = {
 }
 
 
-class Curve:
-    """A sink that keeps the evaluations."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[int, float]] = []
-
-    def start(self, meta: Mapping[str, Any]) -> None: ...
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        if "eval.accuracy" in record:
-            self.points.append((record["queries"], record["eval.accuracy"]))
-
-    def finish(self, summary: Mapping[str, Any]) -> None: ...
-
-
 def run(job: tuple[str, float, int]) -> dict[str, Any]:
     """One training run: method, learning rate, seed."""
     method, rate, seed = job
@@ -52,13 +37,14 @@ def run(job: tuple[str, float, int]) -> dict[str, Any]:
     words = [f"optimizer.lr={rate}", f"seed={seed}"]
     if method != "backprop":
         words.append(f"allocator.sharing={method}")
-    curve = Curve()
-    assembly = assemble(load_recipe(str(RECORD / "recipe.yaml"), words), [curve])
+    log = Log()
+    assembly = assemble(load_recipe(str(RECORD / "recipe.yaml"), words), [log])
     if method == "backprop":
-        curve.points = _backprop(assembly.trainer)
+        curve = _backprop(assembly.trainer)
     else:
         assembly.trainer.train()
-    return {"method": method, "lr": rate, "seed": seed, "curve": curve.points}
+        curve = log.curve("eval.accuracy")
+    return {"method": method, "lr": rate, "seed": seed, "curve": curve}
 
 
 def _backprop(trainer: Any) -> list[tuple[int, float]]:

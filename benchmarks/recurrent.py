@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.logs import Log
 from benchmarks.options import chosen, options
 from benchmarks.results import merge
 from fwdlearn.baselines import fit_readout, reservoir
@@ -85,34 +86,18 @@ RATES = (1.0, 0.3)
 GRID = [(radius, scale) for radius in (0.9, 1.0) for scale in (0.05, 0.3, 1.0)]
 
 
-class Evaluations:
-    """A sink that keeps a figure."""
-
-    def __init__(self, figure: str) -> None:
-        self.figure = f"eval.{figure}"
-        self.points: list[tuple[int, float]] = []
-
-    def start(self, meta: Mapping[str, Any]) -> None: ...
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        if self.figure in record:
-            self.points.append((record["queries"], record[self.figure]))
-
-    def finish(self, summary: Mapping[str, Any]) -> None: ...
-
-
 def run(task: str, method: str, factor: float, seed: int) -> dict[str, Any]:
     """One training run."""
     figure, queries = TASKS[task]
     budget = ["trainer.steps=null", f"trainer.queries={queries}", "trainer.device=cpu"]
     rate = factor * float(load_recipe(task).components["optimizer"].arguments["lr"])
     words = [*budget, *METHODS[method], f"optimizer.lr={rate}", f"seed={seed}"]
-    curve = Evaluations(figure)
-    trainer = assemble(load_recipe(task, words), [curve]).trainer
+    log = Log()
+    trainer = assemble(load_recipe(task, words), [log]).trainer
     trainer.evaluate_every = max(1, trainer._planned() // 12)
     summary = trainer.train()
     found = {"lr": rate, "seed": seed, "steps": summary["steps"], "queries": summary["queries"]}
-    return found | {"seconds": summary["seconds"], "curve": curve.points}
+    return found | {"seconds": summary["seconds"], "curve": log.curve(f"eval.{figure}")}
 
 
 def frozen(task: str, seed: int) -> dict[str, Any]:
