@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from fwdlearn.errors import UsageError
@@ -21,7 +22,7 @@ from fwdlearn.recipe.component import Component, bind
 from fwdlearn.sinks import Record, Sink
 from fwdlearn.sinks.background import Failed
 
-# Seconds that the process may take to finish once the run is over, whether or not that waits.
+# Seconds that the process may still take once the run is over, whether or not that waits.
 _LATE = 30.0
 
 
@@ -36,6 +37,7 @@ class Apart:
         folder: the run's.
         config: the resolved recipe.
         warn: told what the sink says.
+        late: seconds that the process may last after the run.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class Apart:
         folder: Path,
         config: Mapping[str, Any],
         warn: Callable[[str], None],
+        late: float = _LATE,
     ) -> None:
         self.warn = warn
         self._about = {
+            "late": late,
             "name": component.name,
             "settings": component.settings,
             "provided": {"folder": str(folder), "config": config, "process": os.getpid()},
@@ -78,23 +82,23 @@ class Apart:
     def finish(self, summary: Record) -> None:
         """See `Sink.finish`; waits for the process to end."""
         self._send({"finish": summary})
-        self._end()
-        if self._failure:
-            raise Failed(self._failure)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        status = self._process.wait()
+        self._listener.join()
+        if self._failure or status:
+            raise Failed(self._failure or f"its process ended with status {status}")
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
+        left = json.dumps(message, default=_simple).encode() + b"\n"
         try:
-            self._process.stdin.write(json.dumps(message, default=_simple).encode() + b"\n")
+            while left:
+                left = left[self._process.stdin.write(left) :]
         except BrokenPipeError:
-            self._end()
-            raise Failed(self._failure or "its process has ended") from None
-
-    def _end(self) -> None:
-        status = self._process.wait()
-        self._listener.join()
-        if status and not self._failure:
-            self._failure = f"its process ended with status {status}"
+            status = self._process.wait()
+            self._listener.join()
+            raise Failed(self._failure or f"its process ended with status {status}") from None
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -122,23 +126,30 @@ def main() -> None:
     def say(**what: str) -> None:
         answers.write(json.dumps(what) + "\n")
 
-    try:
-        about, sink = json.loads(requests.readline()), None
+    about = json.loads(requests.readline())
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def receive() -> None:
         for line in requests:
+            lines.put(line)
+        # Whatever hangs now, nobody waits for.
+        late = threading.Timer(about["late"], os._exit, (1,))
+        late.daemon = True
+        late.start()
+        lines.put("")
+
+    threading.Thread(target=receive, daemon=True).start()
+    try:
+        sink, method = _made(about, lambda message: say(warn=message)), ""
+        while line := lines.get():
             ((method, record),) = json.loads(line).items()
-            if sink is None:
-                sink = _made(about, lambda message: say(warn=message))
-            if method == "finish":
-                break
             getattr(sink, method)(record)
-        else:
-            record = {"status": "killed"}
-        if sink is not None:
-            _end_after(_LATE)
-            sink.finish(record)
+        if method != "finish":
+            sink.finish({"status": "killed"})
     except Exception as error:  # anyone's sink, which may raise anything
         say(failed=f"failed: {type(error).__name__}: {error}")
-        raise
+        # What is left to be done at the exit may hang as well.
+        os._exit(1)
 
 
 def _made(about: Mapping[str, Any], warn: Callable[[str], None]) -> Sink:
@@ -149,12 +160,6 @@ def _made(about: Mapping[str, Any], warn: Callable[[str], None]) -> Sink:
     given = {**about["provided"], "folder": Path(about["provided"]["folder"]), "warn": warn}
     sink: Sink = component(**given)
     return sink
-
-
-def _end_after(seconds: float) -> None:
-    late = threading.Timer(seconds, os._exit, (1,))
-    late.daemon = True
-    late.start()
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ NAME = "tests.recipe.sinks:Notes"
 RECORDS = [{"step": 1, "train.loss": torch.tensor(0.5)}, {"step": 2, "train.loss": math.inf}]
 
 
-def made(folder: Path, warnings: list[str], **settings: str) -> Background:
+def made(folder: Path, warnings: list[str], late: float = 30.0, **settings: str) -> Background:
     component, problems = bind("sink", ("tracking", NAME), NAME, settings)
     assert component is not None, problems
-    sink = Apart(component, folder, {"seed": 3}, warnings.append)
+    sink = Apart(component, folder, {"seed": 3}, warnings.append, late)
     return Background(sink, "notes", warnings.append, patience=10.0)
 
 
@@ -83,11 +83,13 @@ def test_a_sink_that_is_not_there_is_one_warning(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_it_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hangs", [False, True])
+def test_it_ends_with_a_run_that_is_killed(tmp_path: Path, hangs: bool) -> None:
+    how = "late=0.5, at='start', how='hangs'" if hangs else ""
     code = (
         "import pathlib, sys, time\n"
         "from tests.recipe.test_tracking import made\n"
-        "sink = made(pathlib.Path(sys.argv[1]), [])\n"
+        f"sink = made(pathlib.Path(sys.argv[1]), [], {how})\n"
         "sink.start({})\n"
         "time.sleep(60)\n"
     )
@@ -97,14 +99,15 @@ def test_it_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     _wait(lambda: len(notes(tmp_path)) == 1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _wait(lambda: len(notes(tmp_path)) == 2)
-    method, record, number = notes(tmp_path)[1]
-    assert (method, record) == ("finish", {"status": "killed"})
+    number = notes(tmp_path)[0][2]
     _wait(lambda: not Path(f"/proc/{number}").exists())
+    assert [one[:2] for one in notes(tmp_path)[1:]] == (
+        [] if hangs else [["finish", {"status": "killed"}]]
+    )
 
 
 def _wait(until: Any) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 20
     while not until():
         assert time.monotonic() < end
         time.sleep(0.02)
