@@ -10,8 +10,8 @@ from fwdlearn.sinks import Record, Sink
 
 _WAITING = 1000
 _PATIENCE = 15.0
-# Seconds between looks at what has come: a record by itself takes ten times as long as one among
-# others, because what it needs has left the caches, and so do the steps beside it.
+# Seconds between looks at what has come: a record by itself takes several times as long as one
+# among others, because what it needs has left the caches, and what a step needs leaves them for it.
 _PAUSE = 2.0
 
 
