@@ -5,11 +5,12 @@
 In a round, runs of the same recipe take turns of some seconds, each in a process of its own that is
 stopped while it is not its turn: two without tracking, one with wandb offline, one with wandb
 online at an address where nobody listens. Compared are the last two thirds of the turns, by the
-clock and by the processor time of the run's process; wandb starts in the first third. What the
-second run without tracking differs by is what runs differ by anyhow, by where in memory things lie.
-What wandb's own processes do, they do on another core here. More records (`trainer.log_every=5`)
-show what one costs. Beside that stands the share of its time that the run's process gives to sinks,
-their beginning and end among it, and waiting for the interpreter apart: the most of all rounds.
+clock and by the processor time of the run's process; wandb starts in the first third, and gives
+that address up after half a minute. What the second run without tracking differs by is what runs
+differ by anyhow, by where in memory things lie. What wandb's own processes do, they do on another
+core here. More records (`trainer.log_every=5`) show what one costs. Beside that stands the share of
+its time that the run gives to sinks, their beginning and end among it, and waiting for the
+interpreter apart: the most of all rounds.
 """
 
 from __future__ import annotations
@@ -87,13 +88,14 @@ def run(recipe: str, words: list[str], pipe: Connection) -> None:
 
     log, work = timed(Background.log, time.perf_counter), timed(Background._work, time.thread_time)
     sys.stderr = open(os.devnull, "w")
+    begun = time.process_time()
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.multiple(Background, log=log, _work=work),
     ):
         _, path = train(load_recipe(recipe, [*words, f"output.dir={folder}/run"]), Turns(pipe))
         weights = (Path(path) / "model" / "model.safetensors").read_bytes()
-    pipe.send((weights, sum(spent) / time.process_time()))
+    pipe.send((weights, sum(spent) / (time.process_time() - begun)))
 
 
 class Round:
@@ -179,7 +181,7 @@ def main() -> None:
             "own_share": own,
             "same_weights": same,
         }
-        line = f"{name:8} {entry['turn_ms']:.1f} ms a turn, {own:.3%} of it for sinks"
+        line = f"{name:8} {entry['turn_ms']:.1f} ms a turn, {own:.3%} of its time for sinks"
         if name != "none":
             for part, by in enumerate(("clock", "processor")):
                 entry[by], off = compared([one.ratio(name, part) for one in rounds])

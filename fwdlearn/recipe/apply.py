@@ -13,8 +13,8 @@ from torch import Tensor
 from fwdlearn.batch import Batch
 from fwdlearn.data import Data, DataInfo
 from fwdlearn.errors import MissingError, UsageError
+from fwdlearn.ledger.estimates import estimate_of
 from fwdlearn.ledger.header import FORMAT, machine, moved, tensors_of
-from fwdlearn.ledger.journal import estimate_of
 from fwdlearn.ledger.records import Ledger
 from fwdlearn.ledger.snapshots import digest
 from fwdlearn.local import local_rows

@@ -13,15 +13,12 @@ from fwdlearn.errors import MissingError, StorageError, UsageError
 from fwdlearn.estimator import Estimate
 from fwdlearn.gradient import DirectionGradient
 from fwdlearn.ledger import snapshots
+from fwdlearn.ledger.estimates import body_of, estimate_of, form_of, taken
 from fwdlearn.ledger.header import beginning, machine, moved, unlike
 from fwdlearn.ledger.journal import (
     LEDGER,
     SNAPSHOTS,
-    body_of,
-    estimate_of,
-    form_of,
     parent_state,
-    taken,
     warm,
 )
 from fwdlearn.ledger.records import Ledger, Record

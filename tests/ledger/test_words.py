@@ -35,6 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_run_does_not_list_them(here: Path) -> None:
     ledger = Ledger(here / "run" / "ledger.bin")
+    assert ledger.steps == 30
     for record in ledger:
         assert record.alone and record.entries is None and record.coefficients is not None
         size = ledger.end_of(record.step) - ledger.end_of(record.step - 1)
@@ -49,7 +50,9 @@ def test_the_data_tell_them_again(here: Path, capsys: pytest.CaptureFixture[str]
 
 def test_each_is_listed_where_data_will_be_missing(here: Path) -> None:
     trainer = replay(here / "run", 0).assembly.trainer
-    for record in listed(here / "run"):
+    records = listed(here / "run")
+    assert [record.step for record in records] == list(range(1, 31))
+    for record in records:
         ((name, found),) = (record.entries or {}).items()
         (x,) = trainer.batch(record.step - 1).args
         words = 17 * torch.arange(64) + (16 * x).long().flatten(1)
